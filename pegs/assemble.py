@@ -1,0 +1,132 @@
+"""Putting the parts together: model, processor, pack and decoder as one `PegsPipeline`."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HOME
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+
+from dataset_builders.stickers.openmoji import cached_pack
+from dataset_builders.stickers.pack import StickerPack
+from modeling_pegs import PegsModel, PegsProcessor
+from pegs.errors import InputError
+from pipelines.pipeline_pegs import PegsPipeline
+from pipelines.pipeline_sticker import StickerPipeline
+
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+DEFAULT_MODEL = CHECKPOINTS / "pegs-mini"
+
+
+def load_pack(name: str) -> StickerPack:
+    """
+    A sticker pack by name or folder.
+
+    Raises:
+        InputError: If it is neither `openmoji` nor a pack's folder.
+
+    """
+    if name == "openmoji":
+        return cached_pack()
+    try:
+        return StickerPack.load(name)
+    except (FileNotFoundError, OSError, ValueError, TypeError) as error:
+        raise InputError(f"--stickers {name}: {error}") from error
+
+
+def embed_pack(model: PegsModel, processor: PegsProcessor, pack: StickerPack) -> torch.Tensor:
+    """
+    A pack's vectors `(M, e)` in the model's retrieval space, kept in `$HF_HOME/stickerconv/vectors` for the next time.
+
+    The file is named by what it depends on: the stickers' pixels and the vision tower's and image projection's weights.
+    """
+    key = hashlib.sha256()
+    for part in (model.vision_model, model.retrieval_head.image_projection):
+        for tensor in part.state_dict().values():
+            key.update(tensor.float().cpu().numpy().tobytes())
+    for sticker in pack.stickers:
+        key.update(sticker.sha256.encode())
+    file = Path(HF_HOME) / "stickerconv" / "vectors" / f"{key.hexdigest()[:24]}.safetensors"
+    ids = ",".join(pack.by_id)
+    if file.is_file():
+        with safe_open(file, "pt") as opened:
+            if opened.metadata() == {"ids": ids}:
+                return load_file(file)["embeddings"]
+    chunks = []
+    for start in range(0, len(pack.stickers), 64):
+        chunk = pack.stickers[start : start + 64]
+        inputs = processor(["<IMG>"] * len(chunk), [sticker.image for sticker in chunk], return_tensors="pt")
+        with torch.no_grad():
+            chunks.append(model.embed_stickers(inputs["pixel_values"].to(model.device)).float().cpu())
+    embeddings = torch.cat(chunks)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    save_file({"embeddings": embeddings}, partial, metadata={"ids": ids})
+    partial.replace(file)
+    return embeddings
+
+
+def load_pipeline(
+    model: str | os.PathLike = DEFAULT_MODEL, stickers: str = "openmoji", variant: str | None = None
+) -> PegsPipeline:
+    """
+    Load everything that answers a dialogue.
+
+    Args:
+        model (`str` or `os.PathLike`, *optional*): Folder or Hub id of a PEGS checkpoint; its decoder is in the subfolder `decoder`.
+        stickers (`str`, *optional*, defaults to `"openmoji"`): Pack name or folder.
+        variant (`str`, *optional*): If given and `"ret"`, no decoder is loaded.
+
+    Returns:
+        [`PegsPipeline`].
+
+    Raises:
+        InputError: If the checkpoint or the pack cannot be read, or the variant is unknown.
+
+    """
+    folder = resolve_checkpoint(model)
+    pack = load_pack(stickers)
+    try:
+        pegs = AutoModel.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        if variant is not None:
+            pegs.config.check_variant(variant)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {model}: {' '.join(str(error).split())}") from error
+    if not isinstance(pegs, PegsModel):
+        raise InputError(f"--model {model}: holds a {type(pegs).__name__}, not a PegsModel.")
+    decoder = None
+    if variant != "ret" and (folder / "decoder" / "model_index.json").is_file():
+        decoder = StickerPipeline.from_pretrained(folder / "decoder", torch_dtype=torch.float32)
+        decoder.set_progress_bar_config(disable=True)
+    if variant in ("gen", "rag") and decoder is None:
+        raise InputError(f"--model {model}: has no `decoder` folder, which --variant {variant} needs.")
+    return PegsPipeline(pegs, processor, pack, embed_pack(pegs, processor, pack), decoder)
+
+
+def resolve_checkpoint(model: str | os.PathLike) -> Path:
+    """
+    Local folder of a checkpoint, downloaded if `model` is a Hub id.
+
+    Raises:
+        InputError: If there is no such folder or repository, or it lacks configuration or weights.
+
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
+            raise InputError(f"--model {model}: no such folder.")
+        try:
+            folder = Path(snapshot_download(str(model)))
+        except Exception as error:
+            raise InputError(f"--model {model}: neither a folder nor a repository that can be reached.") from error
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--model {model}: has no config.json.")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"--model {model}: has no weights (model.safetensors).")
+    return folder

@@ -1,0 +1,162 @@
+"""The command `pegs`: one function a verb, no logic."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pegs.errors import InputError
+from pegs.quiet import quiet_libraries
+
+
+app = typer.Typer(
+    help="Chat that answers with words and stickers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+stickers_app = typer.Typer(help="Sticker packs.", no_args_is_help=True)
+app.add_typer(stickers_app, name="stickers")
+errors = Console(stderr=True, highlight=False)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Folder or Hub id of a PEGS checkpoint.", show_default="the embedded mini model")
+]
+StickersOption = Annotated[str, typer.Option("--stickers", help="Sticker pack: a name or a folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def check_variant(variant: str) -> str:
+    """`variant` if it is one.
+
+    Raises:
+        typer.BadParameter: If it is not.
+
+    """
+    if variant not in ("ret", "gen", "rag"):
+        raise typer.BadParameter(f"must be ret, gen or rag, got {variant!r}.")
+    return variant
+
+
+VariantOption = Annotated[
+    str,
+    typer.Option(
+        "--variant", help="ret: retrieved, gen: drawn, rag: drawn over a retrieved one.", callback=check_variant
+    ),
+]
+
+
+@app.command(epilog="Example: pegs respond messages.json --out reply --variant ret --json")
+def respond(
+    messages: Annotated[Path, typer.Argument(help="Dialogue in the multimodal chat format.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for response.json and sticker.png.")],
+    model: ModelOption = "",
+    variant: VariantOption = "ret",
+    stickers: StickersOption = "openmoji",
+    seed: Annotated[int, typer.Option(help="Same seed, same reply and sticker.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one dialogue and write the reply into a folder."""
+    from pegs.messages import read_messages
+
+    dialogue = read_messages(messages)
+    started = time.perf_counter()
+    from pegs.assemble import DEFAULT_MODEL, load_pipeline
+    from pegs.serving.respond import write_reply
+
+    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant)
+    load_seconds = time.perf_counter() - started
+    response = write_reply(pipeline(dialogue, variant=variant, seed=seed), out, load_seconds)
+    if as_json:
+        typer.echo(json.dumps(response, ensure_ascii=False))
+    else:
+        typer.echo(response["text"])
+        if response["sticker"]:
+            typer.echo(f"[sticker] {out / response['sticker']}")
+
+
+@app.command(epilog="Example: pegs chat --variant rag --port 7860")
+def chat(
+    terminal: Annotated[bool, typer.Option("--terminal", help="Chat in the terminal.")] = False,
+    model: ModelOption = "",
+    variant: VariantOption = "ret",
+    stickers: StickersOption = "openmoji",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+) -> None:
+    """Chat in the browser, or in the terminal."""
+    from pegs.assemble import DEFAULT_MODEL, load_pipeline
+
+    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers)
+    if terminal:
+        from pegs.serving.terminal import run_terminal
+
+        run_terminal(pipeline, variant)
+    else:
+        from pegs.serving.chat import build_chat
+
+        build_chat(pipeline, variant).launch(server_name=host, server_port=port, share=False)
+
+
+@stickers_app.command("build", epilog="Example: pegs stickers build openmoji --out packs/openmoji")
+def stickers_build(
+    source: Annotated[str, typer.Argument(help="openmoji")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the pack.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Build a sticker pack."""
+    from dataset_builders.stickers.openmoji import build_pack
+
+    if source != "openmoji":
+        raise InputError(f"{source}: the sources are: openmoji.")
+    pack = build_pack()
+    pack.save(out)
+    summary = {
+        "pack": str(out),
+        "stickers": len(pack.stickers),
+        "databases": pack.num_databases,
+        "licence": pack.info.licence,
+    }
+    typer.echo(
+        json.dumps(summary) if as_json else f"{summary['stickers']} stickers in {out} ({pack.info.attribution})"
+    )
+
+
+@stickers_app.command(
+    "show", epilog="Example: pegs stickers show --stickers openmoji --out sheet.png --emotion sadness"
+)
+def stickers_show(
+    out: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
+    stickers: StickersOption = "openmoji",
+    emotion: Annotated[str, typer.Option(help="Only this emotion.")] = "",
+) -> None:
+    """Write a contact sheet of a pack."""
+    from dataset_builders.stickers.sheet import contact_sheet
+    from pegs.assemble import load_pack
+
+    pack = load_pack(stickers)
+    chosen = [sticker for sticker in pack.stickers if emotion in ("", sticker.emotion)]
+    if not chosen:
+        raise InputError(f"--emotion {emotion}: the pack has no such stickers.")
+    labels = [sticker.id for sticker in chosen]
+    contact_sheet([pack.image(i) for i in labels], labels, footer=pack.info.attribution).save(out)
+
+
+def main() -> None:
+    """Entry point: 0 when done, 2 on bad input with one line, 130 on Ctrl-C."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING)
+    quiet_libraries()
+    try:
+        app()
+    except InputError as error:
+        errors.print(f"pegs: {error}", style="red", soft_wrap=True, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,19 @@
+"""Set-up work done once, so that the first chat opens fast: the language model's weights, the pack, its vectors."""
+
+import logging
+
+from pegs.quiet import quiet_libraries
+
+
+def main() -> None:
+    """Fill the cache; every part is skipped if it is there already."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries()
+    from pegs.assemble import DEFAULT_MODEL, load_pipeline
+
+    if (DEFAULT_MODEL / "config.json").is_file():
+        load_pipeline()
+
+
+if __name__ == "__main__":
+    main()

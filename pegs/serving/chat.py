@@ -1,0 +1,169 @@
+"""Chat in the browser."""
+
+import gradio as gr
+
+from dataset_builders.schema import EMOTIONS
+from modeling_pegs.processing_pegs import StickerImageError, load_sticker
+from pegs.errors import InputError
+from pegs.messages import MAX_CHARACTERS
+from pipelines.pipeline_pegs import PegsPipeline, PegsReply
+
+
+VARIANTS = [("Retrieved", "ret"), ("Drawn", "gen"), ("Drawn over a retrieved one", "rag")]
+CSS = """
+.sticker img, .message img { max-width: 180px !important; max-height: 180px; background: none !important; border: none !important; box-shadow: none !important; }
+footer { display: none !important; }
+#attribution { opacity: .7; font-size: .8rem; }
+"""
+EXAMPLES = [
+    "my dog died yesterday",
+    "i got the job!!",
+    "there is a spider above my bed",
+    "my flatmate ate my birthday cake. all of it",
+]
+
+
+def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
+    """
+    The chat page: text, an uploaded picture or a sticker picked from the pack, variant switch, seed, undo, clear.
+
+    A conversation lives in its browser session alone; the pipeline keeps nothing of it.
+
+    Args:
+        pipeline ([`PegsPipeline`]): Answers.
+        variant (`str`): Which variant is chosen at first.
+
+    Returns:
+        `gr.Blocks`: Ready to `launch`.
+
+    """
+    pack = pipeline.pack
+    by_emotion = {e: [s.id for s in pack.stickers if s.emotion == e] for e in EMOTIONS}
+    choices = VARIANTS if pipeline.decoder is not None else VARIANTS[:1]
+
+    def send(
+        text: str,
+        upload: str | None,
+        picked: str | None,
+        history: list[dict],
+        kind: str,
+        seed: float,
+        shown: list[dict],
+    ):
+        """Append the user's message and the reply; an error leaves everything as it was."""
+        text = (text or "").strip()
+        picture = None
+        if upload:
+            try:
+                picture = load_sticker(upload)
+            except StickerImageError as error:
+                raise gr.Error(str(error)) from None
+        elif picked:
+            picture = pack.image(picked)
+        if not text and picture is None:
+            raise gr.Error("Write something, or choose a sticker.")
+        if len(text) > MAX_CHARACTERS:
+            raise gr.Error(f"A message can have {MAX_CHARACTERS:,} characters; this one has {len(text):,}.")
+        content = [{"type": "text", "text": text}] if text else []
+        if picture is not None:
+            content.append({"type": "image", "image": picture})
+        messages = [*(entry["message"] for entry in history), {"role": "user", "content": content}]
+        sent = [entry["sticker_id"] for entry in history if entry["sticker_id"]]
+        try:
+            reply = pipeline(messages, variant=kind, seed=int(seed or 0) + len(messages), exclude=sent)
+        except InputError as error:
+            raise gr.Error(str(error)) from None
+        answer = [{"type": "text", "text": reply.text}]
+        if reply.sticker is not None:
+            answer.append({"type": "image", "image": reply.sticker})
+        history = [
+            *history,
+            {"message": messages[-1], "sticker_id": None},
+            {"message": {"role": "assistant", "content": answer}, "sticker_id": reply.sticker_id},
+        ]
+        shown = [*shown, *show_user(text, picture), *show_reply(reply)]
+        return shown, history, "", None, None
+
+    def show_user(text: str, picture) -> list[dict]:
+        """The user's message as the chat shows it."""
+        parts = [{"role": "user", "content": text}] if text else []
+        return parts + (
+            [{"role": "user", "content": gr.Image(picture, show_label=False, buttons=[])}] if picture else []
+        )
+
+    def show_reply(reply: PegsReply) -> list[dict]:
+        """A reply as the chat shows it; the reason for a sticker folds away under it."""
+        parts = [{"role": "assistant", "content": reply.text}]
+        if reply.sticker is not None:
+            image = gr.Image(reply.sticker, show_label=False, format="png", buttons=[], elem_classes="sticker")
+            parts.append({"role": "assistant", "content": image})
+            parts.append(
+                {
+                    "role": "assistant",
+                    "content": reply.why,
+                    "metadata": {"title": "Why this sticker", "status": "done"},
+                }
+            )
+        return parts
+
+    def undo(history: list[dict], shown: list[dict]):
+        """Take the last exchange back and put its text into the box."""
+        if not history:
+            return shown, history, ""
+        last_user = max(i for i, item in enumerate(shown) if item["role"] == "user")
+        while last_user and shown[last_user - 1]["role"] == "user":
+            last_user -= 1
+        text = next((part["text"] for part in history[-2]["message"]["content"] if part["type"] == "text"), "")
+        return shown[:last_user], history[:-2], text
+
+    with gr.Blocks(title="PEGS: words and stickers") as page:
+        history = gr.State([])
+        picked = gr.State(None)
+        gr.Markdown("## PEGS\nA companion that answers with words and, now and then, a sticker.")
+        with gr.Row():
+            with gr.Column(scale=3):
+                chatbot = gr.Chatbot(
+                    height=520, show_label=False, elem_id="chat", placeholder="Say something.", buttons=["copy"]
+                )
+                with gr.Row():
+                    box = gr.Textbox(
+                        show_label=False,
+                        placeholder="Type a message and press Enter",
+                        scale=8,
+                        elem_id="box",
+                        autofocus=True,
+                    )
+                    button = gr.Button("Send", variant="primary", scale=1, min_width=80)
+                gr.Examples(EXAMPLES, box, label="Try")
+                gr.Markdown(f"Stickers: {pack.info.attribution}", elem_id="attribution")
+            with gr.Column(scale=1, min_width=280):
+                kind = gr.Radio(choices, value=variant if pipeline.decoder else "ret", label="Sticker")
+                seed = gr.Number(0, label="Seed", precision=0)
+                with gr.Row():
+                    undo_button, clear_button = gr.Button("Undo"), gr.Button("Clear")
+                upload = gr.Image(label="Send a picture", type="filepath", height=140, image_mode=None)
+                with gr.Accordion("Send a sticker of the pack", open=False):
+                    emotion = gr.Dropdown(list(EMOTIONS), value="sadness", show_label=False)
+                    gallery = gr.Gallery(
+                        columns=4, height=260, show_label=False, allow_preview=False, elem_id="gallery"
+                    )
+
+        def thumbnails(name: str) -> list:
+            """Small pictures of one emotion's stickers."""
+            return [pack.image(sticker_id).resize((96, 96)) for sticker_id in by_emotion[name]]
+
+        def pick(name: str, event: gr.SelectData):
+            """Remember the picked sticker and show it."""
+            gr.Info("Picked. It goes out with your next message.")
+            return by_emotion[name][event.index]
+
+        page.load(thumbnails, emotion, gallery)
+        emotion.change(thumbnails, emotion, gallery)
+        gallery.select(pick, emotion, picked)
+        inputs = [box, upload, picked, history, kind, seed, chatbot]
+        outputs = [chatbot, history, box, upload, picked]
+        for event in (box.submit, button.click):
+            event(send, inputs, outputs)
+        undo_button.click(undo, [history, chatbot], [chatbot, history, box])
+        clear_button.click(lambda: ([], [], "", None, None), None, outputs)
+    return page

@@ -1,0 +1,56 @@
+"""Chat in the terminal."""
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from modeling_pegs.processing_pegs import StickerImageError, load_sticker
+from pipelines.pipeline_pegs import PegsPipeline
+
+
+HELP = "Type a message. /sticker FILE sends a picture with your next message, /clear starts over, /quit ends."
+
+
+def run_terminal(pipeline: PegsPipeline, variant: str) -> None:
+    """
+    Read messages from standard input until it ends or `/quit`; stickers are saved as PNG files, and their paths shown.
+
+    Args:
+        pipeline ([`PegsPipeline`]): Answers.
+        variant (`str`): `"ret"`, `"gen"` or `"rag"`.
+
+    """
+    console = Console(highlight=False)
+    folder = Path(tempfile.mkdtemp(prefix="pegs-stickers-"))
+    console.print(f"{HELP}\n{pipeline.pack.info.attribution}", style="dim")
+    messages: list[dict] = []
+    sent: list[str] = []
+    pending: list[dict] = []
+    while True:
+        try:
+            line = console.input("[bold]you[/bold]  ").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/clear":
+            messages, sent, pending = [], [], []
+        elif line.startswith("/sticker "):
+            try:
+                pending = [{"type": "image", "image": load_sticker(line.removeprefix("/sticker ").strip())}]
+            except StickerImageError as error:
+                console.print(str(error), style="red", markup=False)
+        elif line:
+            messages.append({"role": "user", "content": [{"type": "text", "text": line}, *pending]})
+            pending = []
+            reply = pipeline(messages, variant=variant, seed=len(messages), exclude=sent)
+            content: list[dict] = [{"type": "text", "text": reply.text}]
+            console.print(f"[bold]pegs[/bold] {reply.text}", markup=True)
+            if reply.sticker is not None:
+                file = folder / f"sticker-{len(messages)}.png"
+                reply.sticker.save(file)
+                content.append({"type": "image", "image": reply.sticker})
+                sent += [reply.sticker_id] if reply.sticker_id else []
+                console.print(f"     {file}  {reply.why}", style="dim", markup=False)
+            messages.append({"role": "assistant", "content": content})

