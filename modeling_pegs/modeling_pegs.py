@@ -166,6 +166,8 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
             language_model_path (`str`, *optional*): Folder of the language model; see [`find_language_model`] for the other ways.
+            *args: As for `PreTrainedModel.from_pretrained`.
+            **kwargs: As for `PreTrainedModel.from_pretrained`.
 
         Returns:
             `PegsModel`: In evaluation mode.
@@ -198,6 +200,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         Args:
             save_directory (`str` or `os.PathLike`): Folder.
             state_dict (`dict`, *optional*): Weights to save instead of the model's own.
+            **kwargs: As for `PreTrainedModel.save_pretrained`.
 
         """
         if self.config.language_model is None:
@@ -306,6 +309,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             retrieval_positives (`torch.Tensor` of shape `(S, M)`, *optional*): Which of them is right for each produced sticker.
             target_prompt_embeds (`torch.Tensor` of shape `(S, L, D)`, *optional*): Text encoder output of the stickers' captions.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Number of last positions to score, 0 for all.
+            **kwargs: Ignored; generation passes flags that only some language models know.
 
         Returns:
             [`PegsOutput`].

@@ -78,7 +78,7 @@ def load_pipeline(
     Load everything that answers a dialogue.
 
     Args:
-        model (`str` or `os.PathLike`, *optional*): Folder or Hub id of a PEGS checkpoint; its decoder is in the subfolder `decoder`.
+        model (`str` or `os.PathLike`, *optional*): Folder or Hub id of a PEGS checkpoint with its decoder.
         stickers (`str`, *optional*, defaults to `"openmoji"`): Pack name or folder.
         variant (`str`, *optional*): If given and `"ret"`, no decoder is loaded.
 
@@ -101,11 +101,11 @@ def load_pipeline(
     if not isinstance(pegs, PegsModel):
         raise InputError(f"--model {model}: holds a {type(pegs).__name__}, not a PegsModel.")
     decoder = None
-    if variant != "ret" and (folder / "decoder" / "model_index.json").is_file():
-        decoder = StickerPipeline.from_pretrained(folder / "decoder", torch_dtype=torch.float32)
+    if variant != "ret" and (folder / "model_index.json").is_file():
+        decoder = StickerPipeline.from_pretrained(folder, torch_dtype=torch.float32)
         decoder.set_progress_bar_config(disable=True)
     if variant in ("gen", "rag") and decoder is None:
-        raise InputError(f"--model {model}: has no `decoder` folder, which --variant {variant} needs.")
+        raise InputError(f"--model {model}: has no model_index.json of a sticker decoder, which --variant {variant} needs.")
     return PegsPipeline(pegs, processor, pack, embed_pack(pegs, processor, pack), decoder)
 
 
