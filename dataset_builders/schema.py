@@ -40,8 +40,12 @@ class Sticker(Record):
 
     @property
     def caption(self) -> str:
-        """Caption and emotion as the decoder's text condition (eq. 9: `c, [e]`)."""
-        return f"{self.description}, {self.emotion}"
+        """
+        Short name and emotion, the decoder's text condition (eq. 9: `c, [e]`).
+
+        The short name leads the tags; a sticker without tags is named by its description.
+        """
+        return f"{self.tags[0] if self.tags else self.description}, {self.emotion}"
 
 
 class StickerUse(Record):

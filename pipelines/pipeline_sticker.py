@@ -93,6 +93,14 @@ class StickerPipeline(DiffusionPipeline):
         index["_class_name"] = ["pipeline_sticker", "StickerPipeline"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict | tuple:
+        """The saved configuration; asked by this very class, the code in the folder is not needed and so never run."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config["_class_name"] = cls.__name__
+        return loaded
+
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
         """
         Text encoder output of prompts.

@@ -101,9 +101,8 @@ def build_pack(size: int = 512, num_databases: int = 10) -> StickerPack:
         image = render(row["hexcode"], size)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        fields = {
-            key: row[key] for key in ("id", "emotion", "description", "emotion_description", "recommendation", "tags")
-        }
+        fields = {key: row[key] for key in ("id", "emotion", "description", "emotion_description", "recommendation")}
+        fields["tags"] = (row["name"], *row["tags"])
         name = f"{row['hexcode']}.png"
         stickers.append(
             Sticker(image=buffer.getvalue(), image_path=name, width=size, height=size, sha256=digest(image), **fields)

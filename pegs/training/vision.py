@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickers import openmoji
 from modeling_pegs import PegsModel
 from modeling_pegs.retrieval_head import info_nce_loss
@@ -36,18 +37,21 @@ class VisionArguments(LoopArguments):
     chat_template: str = ""
     temperature: float = 0.05
     pack_part: float = 0.5
+    emotion_weight: float = 0.3
 
 
 class VisionAligner(nn.Module):
-    """Vision tower and image projection of a PEGS model, seen as one map from pictures to MiniLM's space."""
+    """Vision tower and image projection of a PEGS model, seen as one map from pictures to MiniLM's space and to emotions."""
 
     def __init__(self, pegs: PegsModel) -> None:
         super().__init__()
         self.vision_model, self.projection = pegs.vision_model, pegs.retrieval_head.image_projection
+        self.emotion_head = nn.Linear(pegs.config.vision_config.hidden_size, len(EMOTIONS))
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Unit vectors `(B, e)` of pictures `(B, 3, H, W)`."""
-        return F.normalize(self.projection(self.vision_model(pixel_values).pooler_output).float(), dim=-1)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors `(B, e)` and emotion scores `(B, 7)` of pictures `(B, 3, H, W)`."""
+        pooled = self.vision_model(pixel_values).pooler_output
+        return F.normalize(self.projection(pooled).float(), dim=-1), self.emotion_head(pooled).float()
 
 
 def texts_of(drawing: Drawing) -> list[str]:
@@ -72,6 +76,9 @@ class PictureTexts(Dataset):
         texts = [texts_of(drawing) for drawing in art]
         embeds = embed_sentences([text for group in texts for text in group])
         self.embeds = embeds.split([len(group) for group in texts])
+        by_id = openmoji.cached_pack().by_id
+        labels = [EMOTIONS.index(by_id[d.sticker_id].emotion) if d.sticker_id else -100 for d in art]
+        self.emotions = torch.tensor(labels)
         self.pack = [i for i, drawing in enumerate(art) if drawing.sticker_id]
         self.others = [i for i, drawing in enumerate(art) if not drawing.sticker_id]
 
@@ -83,7 +90,7 @@ class PictureTexts(Dataset):
         among = self.pack if rng.random() < self.args.pack_part else self.others
         i = int(among[rng.integers(len(among))])
         text = self.embeds[i][rng.integers(len(self.embeds[i]))]
-        return {"pixels": self.pictures[i], "text": text, "index": torch.tensor(i)}
+        return {"pixels": self.pictures[i], "text": text, "index": torch.tensor(i), "emotion": self.emotions[i]}
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -132,10 +139,11 @@ def train_vision(args: VisionArguments) -> None:
     art = [d for d in load_art(openmoji.cached_pack(), pegs.config.vision_config.image_size) if d.caption]
 
     def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-        images = model(augment(batch["pixels"], generator))
+        images, emotions = model(augment(batch["pixels"], generator))
         positives = batch["index"].unsqueeze(0) == batch["index"].unsqueeze(1)
         contrast = info_nce_loss(batch["text"], images, positives, args.temperature)
-        return contrast + (1 - (images * batch["text"]).sum(dim=-1)).mean()
+        distance = (1 - (images * batch["text"]).sum(dim=-1)).mean()
+        return contrast + distance + args.emotion_weight * F.cross_entropy(emotions, batch["emotion"])
 
     train_loop(args, VisionAligner(pegs), PictureTexts(art, args), loss_fn)
     pegs.save_pretrained(args.output_dir)
