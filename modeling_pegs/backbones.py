@@ -72,6 +72,7 @@ def convert_gguf(gguf: Path) -> Path:
         logger.info("converting %s once, into %s", gguf.name, folder)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # A model loaded from GGUF cannot save itself (transformers 5.23), so its weights move to a fresh one.
+        del loaded.config.quantization_config  # the weights are plain from here on
         fresh = type(loaded)(loaded.config)
         fresh.load_state_dict(loaded.state_dict())
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")

@@ -99,9 +99,9 @@ def chat(
 
         run_terminal(pipeline, variant)
     else:
-        from pegs.serving.chat import build_chat
+        from pegs.serving.chat import serve_chat
 
-        build_chat(pipeline, variant).launch(server_name=host, server_port=port, share=False)
+        serve_chat(pipeline, variant, host, port)
 
 
 @stickers_app.command("build", epilog="Example: pegs stickers build openmoji --out packs/openmoji")

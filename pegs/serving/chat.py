@@ -1,6 +1,7 @@
 """Chat in the browser."""
 
 import gradio as gr
+from PIL import Image
 
 from dataset_builders.schema import EMOTIONS
 from modeling_pegs.processing_pegs import StickerImageError, load_sticker
@@ -11,9 +12,12 @@ from pipelines.pipeline_pegs import PegsPipeline, PegsReply
 
 VARIANTS = [("Retrieved", "ret"), ("Drawn", "gen"), ("Drawn over a retrieved one", "rag")]
 CSS = """
-.sticker img, .message img { max-width: 180px !important; max-height: 180px; background: none !important; border: none !important; box-shadow: none !important; }
-footer { display: none !important; }
-#attribution { opacity: .7; font-size: .8rem; }
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+#chat .image-container, #chat img { max-width: 170px !important; max-height: 170px !important; }
+#chat .image-frame, #chat .block { background: none !important; border: none !important; box-shadow: none !important; }
+#chat .icon-button-wrapper { display: none !important; }
+#attribution { opacity: .7; }
+#attribution p { font-size: .8rem; }
 """
 EXAMPLES = [
     "my dog died yesterday",
@@ -50,7 +54,7 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
         seed: float,
         shown: list[dict],
     ):
-        """Append the user's message and the reply; an error leaves everything as it was."""
+        """Show the user's message at once, then the reply; an error leaves the conversation as it was."""
         text = (text or "").strip()
         picture = None
         if upload:
@@ -69,6 +73,8 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
             content.append({"type": "image", "image": picture})
         messages = [*(entry["message"] for entry in history), {"role": "user", "content": content}]
         sent = [entry["sticker_id"] for entry in history if entry["sticker_id"]]
+        shown = [*shown, *show_user(text, picture)]
+        yield shown, history, "", None, None
         try:
             reply = pipeline(messages, variant=kind, seed=int(seed or 0) + len(messages), exclude=sent)
         except InputError as error:
@@ -81,22 +87,24 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
             {"message": messages[-1], "sticker_id": None},
             {"message": {"role": "assistant", "content": answer}, "sticker_id": reply.sticker_id},
         ]
-        shown = [*shown, *show_user(text, picture), *show_reply(reply)]
-        return shown, history, "", None, None
+        yield [*shown, *show_reply(reply)], history, "", None, None
+
+    def show_picture(picture: Image.Image) -> gr.Image:
+        """A sticker as the chat shows it."""
+        return gr.Image(picture, width=170, height=170, format="png", show_label=False, container=False, buttons=[])
 
     def show_user(text: str, picture) -> list[dict]:
         """The user's message as the chat shows it."""
         parts = [{"role": "user", "content": text}] if text else []
         return parts + (
-            [{"role": "user", "content": gr.Image(picture, show_label=False, buttons=[])}] if picture else []
+            [{"role": "user", "content": show_picture(picture)}] if picture else []
         )
 
     def show_reply(reply: PegsReply) -> list[dict]:
         """A reply as the chat shows it; the reason for a sticker folds away under it."""
         parts = [{"role": "assistant", "content": reply.text}]
         if reply.sticker is not None:
-            image = gr.Image(reply.sticker, show_label=False, format="png", buttons=[], elem_classes="sticker")
-            parts.append({"role": "assistant", "content": image})
+            parts.append({"role": "assistant", "content": show_picture(reply.sticker)})
             parts.append(
                 {
                     "role": "assistant",
@@ -167,3 +175,23 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
         undo_button.click(undo, [history, chatbot], [chatbot, history, box])
         clear_button.click(lambda: ([], [], "", None, None), None, outputs)
     return page
+
+
+def serve_chat(pipeline: PegsPipeline, variant: str, host: str, port: int) -> None:
+    """
+    Serve the chat page until interrupted; it is never shared publicly.
+
+    Args:
+        pipeline ([`PegsPipeline`]): Answers.
+        variant (`str`): Which variant is chosen at first.
+        host (`str`): Address to listen on.
+        port (`int`): Port to listen on.
+
+    Raises:
+        InputError: If the port is taken.
+    """
+    page = build_chat(pipeline, variant)
+    try:
+        page.launch(server_name=host, server_port=port, share=False, css=CSS, theme=gr.themes.Soft(), footer_links=[], ssr_mode=False)
+    except OSError as error:
+        raise InputError(f"--port {port}: {error}") from None

@@ -28,13 +28,14 @@ def image_part(sticker_id: str, pack: StickerPack) -> dict:
 
 
 def caption_dialogues(stickers: list[Sticker], pack: StickerPack) -> list[list[dict]]:
-    """Perception (appendix C.1): the user sends a sticker, the assistant says what it shows and feels like."""
-    dialogues = []
-    for sticker in stickers:
-        for text in (f"{sticker.description}, {sticker.emotion}", f"{sticker.emotion}: {sticker.emotion_description}"):
-            answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-            dialogues.append([{"role": "user", "content": [image_part(sticker.id, pack)]}, answer])
-    return dialogues
+    """Perception (appendix C.1): the user sends a sticker, the assistant names it and its emotion."""
+    return [
+        [
+            {"role": "user", "content": [image_part(sticker.id, pack)]},
+            {"role": "assistant", "content": [{"type": "text", "text": sticker.caption}]},
+        ]
+        for sticker in stickers
+    ]
 
 
 def request_dialogues(stickers: list[Sticker], pack: StickerPack, seed: int) -> list[list[dict]]:

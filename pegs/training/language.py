@@ -111,6 +111,7 @@ def train_language(args: LanguageArguments) -> None:
             report_to="none",
             seed=args.seed,
             disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(),
             lr_scheduler_type="cosine",
             **args.trainer,
         ),
