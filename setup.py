@@ -22,7 +22,7 @@ setup(
     ),
     package_data={
         "dataset_builders": ["**/*.jsonl", "**/*.md"],
-        "hub_cards": ["*.md", "*.jinja"],
+        "hub_cards": ["*.jinja"],
         "agent_generation": ["**/*.jinja"],
     },
     install_requires=[

@@ -1,5 +1,5 @@
 """
-Figures of the mini model's card on the held-out test sessions, one JSON line; contact sheets into the checkpoint's `assets/`.
+Figures of the mini model's card on the held-out test sessions, one JSON line; the card and its pictures into the checkpoint.
 
     python benchmarks/mini.py [--model checkpoints/pegs-mini] [--limit 0]
 """
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.sheet import contact_sheet
+from hub_cards.cards import render_card
 from modeling_pegs.backbones import find_language_model
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
 from pegs.quiet import quiet_libraries
@@ -51,7 +52,14 @@ def system_turns(sessions, pack) -> list[dict]:
     for session in sessions:
         messages = session_messages(session, pack)
         for turn in session.turns:
-            turns.append({"session": session, "context": messages[: 2 * turn.turn - 1], "user": turn.user.text, "gold": turn.system.sticker})
+            turns.append(
+                {
+                    "session": session,
+                    "context": messages[: 2 * turn.turn - 1],
+                    "user": turn.user.text,
+                    "gold": turn.system.sticker,
+                }
+            )
     return turns
 
 
@@ -60,7 +68,9 @@ def generate(pipeline, turns: list[dict], seed: int, batch_size: int = 16, **kwa
     replies = []
     for start in range(0, len(turns), batch_size):
         chunk = [turn["context"] for turn in turns[start : start + batch_size]]
-        inputs = pipeline.processor.apply_chat_template(chunk, add_generation_prompt=True, tokenize=True, return_tensors="pt")
+        inputs = pipeline.processor.apply_chat_template(
+            chunk, add_generation_prompt=True, tokenize=True, return_tensors="pt"
+        )
         torch.manual_seed(seed + start)
         output = pipeline.model.generate(**inputs, max_new_tokens=64, **kwargs)
         new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
@@ -106,7 +116,9 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(find_language_model(model.config.language_model), dtype=torch.float32)
     figures["perplexity"] = {
         "pegs": round(perplexity(lambda b: model(**b).logits, collator, dialogues), 3),
-        "untouched_smollm2": round(perplexity(lambda b: base(**b).logits, collator, [text_only(d) for d in dialogues]), 3),
+        "untouched_smollm2": round(
+            perplexity(lambda b: base(**b).logits, collator, [text_only(d) for d in dialogues]), 3
+        ),
     }
     del base
 
@@ -144,7 +156,11 @@ def main() -> None:
     }
     figures["retrieved_emotion_macro_accuracy"] = {
         **{name: macro(golds, values) for name, values in hits.items()},
-        "chance": round(sum(sum(c for c, g in zip(chance, golds, strict=True) if g == e) / golds.count(e) for e in set(golds)) / len(set(golds)), 4),
+        "chance": round(
+            sum(sum(c for c, g in zip(chance, golds, strict=True) if g == e) / golds.count(e) for e in set(golds))
+            / len(set(golds)),
+            4,
+        ),
     }
     figures["retrieval_recall_at_5_of_database"] = {"pegs": share(exact), "chance": round(5 / 55.5, 4)}
 
@@ -156,11 +172,15 @@ def main() -> None:
         inputs = processor(["<IMG>"] * len(images), images, return_tensors="pt")
         with torch.no_grad():
             nearest = (model.embed_stickers(inputs["pixel_values"]) @ train_embeds.T).topk(5).indices
-        return [Counter(pack.by_id[train_ids[i]].emotion for i in row.tolist()).most_common(1)[0][0] for row in nearest]
+        return [
+            Counter(pack.by_id[train_ids[i]].emotion for i in row.tolist()).most_common(1)[0][0] for row in nearest
+        ]
 
     test = pack.split("test")
     verdicts = judge([pack.image(s.id) for s in test])
-    figures["judge_accuracy_on_held_out_stickers"] = share([v == s.emotion for v, s in zip(verdicts, test, strict=True)])
+    figures["judge_accuracy_on_held_out_stickers"] = share(
+        [v == s.emotion for v, s in zip(verdicts, test, strict=True)]
+    )
     drawn = []
     for start in range(0, len(forced), 16):
         chunk = torch.stack([reply["prompt_embeds"] for reply in forced[start : start + 16]])
@@ -181,8 +201,14 @@ def main() -> None:
     with (assets / "replies.jsonl").open("w", encoding="utf-8") as file:
         for i in sorted(rng.sample(range(len(turns)), min(20, len(turns)))):
             nearest = pipeline.retrieve(replies[i]["query"], top_k=1)[0].id if replies[i]["sticker"] else None
-            file.write(json.dumps({"user": turns[i]["user"], "reply": replies[i]["text"], "sticker": nearest}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps(
+                    {"user": turns[i]["user"], "reply": replies[i]["text"], "sticker": nearest}, ensure_ascii=False
+                )
+                + "\n"
+            )
     (Path(args.model) / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    (Path(args.model) / "README.md").write_text(render_card("model_card", figures=figures), "utf-8")
 
 
 def draw_request_sheet(pipeline, seed: int):
@@ -197,7 +223,9 @@ def draw_request_sheet(pipeline, seed: int):
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
         images += pipeline.decoder(prompt_embeds=chunk, generator=generators).images
     labels = [f"{s.emotion}: {s.tags[0]}" for s in chosen]
-    return contact_sheet(images, labels, columns=6, footer="Drawn by the mini decoder, trained on OpenMoji (CC BY-SA 4.0)")
+    return contact_sheet(
+        images, labels, columns=6, footer="Drawn by the mini decoder, trained on OpenMoji (CC BY-SA 4.0)"
+    )
 
 
 if __name__ == "__main__":

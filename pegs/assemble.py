@@ -102,10 +102,12 @@ def load_pipeline(
         raise InputError(f"--model {model}: holds a {type(pegs).__name__}, not a PegsModel.")
     decoder = None
     if variant != "ret" and (folder / "model_index.json").is_file():
-        decoder = StickerPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        decoder = StickerPipeline.from_pretrained(folder, dtype=torch.float32)
         decoder.set_progress_bar_config(disable=True)
     if variant in ("gen", "rag") and decoder is None:
-        raise InputError(f"--model {model}: has no model_index.json of a sticker decoder, which --variant {variant} needs.")
+        raise InputError(
+            f"--model {model}: has no model_index.json of a sticker decoder, which --variant {variant} needs."
+        )
     return PegsPipeline(pegs, processor, pack, embed_pack(pegs, processor, pack), decoder)
 
 

@@ -43,7 +43,9 @@ def imports(path: Path) -> list[tuple[int, str]]:
 def test_imports_point_one_way(folder):
     for path in modules(folder):
         used = {module.split(".")[0] for level, module in imports(path) if level == 0} & OURS
-        assert used <= ALLOWED[folder] | {folder}, f"{path.relative_to(ROOT)} imports {used - ALLOWED[folder] - {folder}}"
+        assert used <= ALLOWED[folder] | {folder}, (
+            f"{path.relative_to(ROOT)} imports {used - ALLOWED[folder] - {folder}}"
+        )
 
 
 @pytest.mark.parametrize("folder", HUB_FOLDERS)

@@ -56,7 +56,12 @@ def test_model_processor_and_pipeline_load_without_this_package(tmp_path, model,
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["module"].startswith("transformers_modules.")
-    messages = [{"role": "user", "content": [{"type": "text", "text": "My dog died."}, {"type": "image", "image": tiny.picture()}]}]
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "My dog died."}, {"type": "image", "image": tiny.picture()}],
+        }
+    ]
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_tensors="pt")
     here = model.generate(**inputs, max_new_tokens=5, do_sample=False, sticker_bias=1e4)
     assert result["ids"] == here.sequences[0].tolist()

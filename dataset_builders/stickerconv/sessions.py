@@ -27,6 +27,7 @@ def read_sessions(path: str | os.PathLike) -> list[Session]:
 
     Raises:
         SessionError: On the first line that is no session.
+
     """
     return parse_sessions(Path(path).read_text("utf-8").splitlines(), str(path))
 

@@ -96,9 +96,7 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
     def show_user(text: str, picture) -> list[dict]:
         """The user's message as the chat shows it."""
         parts = [{"role": "user", "content": text}] if text else []
-        return parts + (
-            [{"role": "user", "content": show_picture(picture)}] if picture else []
-        )
+        return parts + ([{"role": "user", "content": show_picture(picture)}] if picture else [])
 
     def show_reply(reply: PegsReply) -> list[dict]:
         """A reply as the chat shows it; the reason for a sticker folds away under it."""
@@ -189,9 +187,18 @@ def serve_chat(pipeline: PegsPipeline, variant: str, host: str, port: int) -> No
 
     Raises:
         InputError: If the port is taken.
+
     """
     page = build_chat(pipeline, variant)
     try:
-        page.launch(server_name=host, server_port=port, share=False, css=CSS, theme=gr.themes.Soft(), footer_links=[], ssr_mode=False)
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            css=CSS,
+            theme=gr.themes.Soft(),
+            footer_links=[],
+            ssr_mode=False,
+        )
     except OSError as error:
         raise InputError(f"--port {port}: {error}") from None

@@ -25,15 +25,18 @@ def export(language: str, decoder: str, out: str) -> None:
         language (`str`): Trained PEGS checkpoint.
         decoder (`str`): Trained `StickerPipeline` folder.
         out (`str`): Folder to write; only the card of an earlier export is kept.
+
     """
     folder = Path(out)
     for path in folder.glob("*"):
         if path.name not in ("README.md", "figures.json", "assets"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    pipeline = StickerPipeline.from_pretrained(decoder, torch_dtype=torch.float16)
+    pipeline = StickerPipeline.from_pretrained(decoder, dtype=torch.float16)
     pipeline.save_pretrained(folder)
     model = PegsModel.from_pretrained(language)
-    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.1, max_new_tokens=64)
+    model.generation_config.update(
+        do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.1, max_new_tokens=64
+    )
     model.generation_config.max_length = None
     model.half().save_pretrained(folder)
     PegsProcessor.from_pretrained(language).save_pretrained(folder)

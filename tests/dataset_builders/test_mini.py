@@ -53,7 +53,10 @@ def test_test_stickers_are_never_seen_in_training(sessions):
 
 def test_sticker_rates(sessions):
     turns = [turn for session in sessions for turn in session.turns]
-    rate = {role: sum(getattr(turn, role).sticker is not None for turn in turns) / len(turns) for role in ("user", "system")}
+    rate = {
+        role: sum(getattr(turn, role).sticker is not None for turn in turns) / len(turns)
+        for role in ("user", "system")
+    }
     assert 0.55 <= rate["system"] <= 0.65 and 0.28 <= rate["user"] <= 0.42, rate
 
 

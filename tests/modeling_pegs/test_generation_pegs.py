@@ -82,7 +82,9 @@ def test_sticker_logit_is_the_unbiased_log_odds(model, processor):
     torch.testing.assert_close(output.sticker_logit[0], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("heads", [{"variant": "ret", "num_generation_tokens": 0}, {"variant": "gen", "num_retrieval_tokens": 0}])
+@pytest.mark.parametrize(
+    "heads", [{"variant": "ret", "num_generation_tokens": 0}, {"variant": "gen", "num_retrieval_tokens": 0}]
+)
 def test_variants_with_one_kind_of_token(heads):
     model = tiny.make_tiny_model(**heads)
     output = model.generate(**prompts(tiny.make_tiny_processor(model.config), tiny.dialogue()), **ALWAYS)

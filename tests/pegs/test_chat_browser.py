@@ -11,8 +11,17 @@ from pathlib import Path
 import pytest
 
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -58,14 +67,20 @@ def send(page, text: str) -> None:
 
 
 def wait_for_reply(page, count: int) -> str:
-    page.wait_for_function("n => document.querySelectorAll('#chat .bot.message').length >= n", arg=count, timeout=120_000)
+    page.wait_for_function(
+        "n => document.querySelectorAll('#chat .bot.message').length >= n", arg=count, timeout=120_000
+    )
     return page.locator("#chat .bot.message").last.inner_text()
 
 
 def test_a_message_gets_words_and_in_the_end_a_sticker(page):
-    for count, text in enumerate(("my dog died yesterday", "he was fourteen", "his lead is still by the door", "thank you"), start=1):
+    for count, text in enumerate(
+        ("my dog died yesterday", "he was fourteen", "his lead is still by the door", "thank you"), start=1
+    ):
         send(page, text)
-        page.wait_for_function("n => document.querySelectorAll('#chat .user.message').length >= n", arg=count, timeout=60_000)
+        page.wait_for_function(
+            "n => document.querySelectorAll('#chat .user.message').length >= n", arg=count, timeout=60_000
+        )
         assert len(wait_for_reply(page, count).split()) >= 3
         if page.locator("#chat .bot img").count():
             break

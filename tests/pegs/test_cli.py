@@ -87,7 +87,12 @@ def test_bad_input_gets_one_line_and_exit_2(messages, tmp_path, args, message):
 
 
 def test_without_a_language_model_the_three_ways_are_named(messages, tmp_path):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PEGS_LANGUAGE_MODEL": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "PEGS_LANGUAGE_MODEL": str(tmp_path),
+    }
     done = pegs("respond", messages, "--out", tmp_path / "out", env=environment)
     assert done.returncode == 2 and "has no config.json" in done.stderr
 

@@ -23,7 +23,9 @@ def write(tmp_path, messages):
 
 def test_a_dialogue_with_a_sticker_is_read(tmp_path):
     tiny.picture().save(tmp_path / "sad.png")
-    messages = read_messages(write(tmp_path, [user(), assistant(), user("look", {"type": "image", "path": "sad.png"})]))
+    messages = read_messages(
+        write(tmp_path, [user(), assistant(), user("look", {"type": "image", "path": "sad.png"})])
+    )
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
     assert messages[-1]["content"][1]["image"].size == (40, 40)
 

@@ -11,7 +11,8 @@ class Pack:
     def __init__(self):
         colors = {"red": "anger", "green": "neutral", "blue": "sadness"}
         self.by_id = {
-            name: SimpleNamespace(id=name, emotion=emotion, recommendation=f"Send {name}.") for name, emotion in colors.items()
+            name: SimpleNamespace(id=name, emotion=emotion, recommendation=f"Send {name}.")
+            for name, emotion in colors.items()
         }
 
     def image(self, sticker_id):

@@ -30,7 +30,9 @@ def test_a_batch_equals_its_singles(decoder):
     together = draw(decoder, count=2, output_type="pt").images
     for i in range(2):
         generator = torch.Generator().manual_seed(i)
-        alone = decoder(prompt_embeds=embeds(2)[i : i + 1], generator=generator, num_inference_steps=3, output_type="pt")
+        alone = decoder(
+            prompt_embeds=embeds(2)[i : i + 1], generator=generator, num_inference_steps=3, output_type="pt"
+        )
         torch.testing.assert_close(together[i : i + 1], alone.images, atol=1e-4, rtol=1e-4)
 
 
@@ -88,7 +90,10 @@ def test_bad_arguments_are_named(decoder, kwargs, message):
 
 def test_save_and_load(decoder, tmp_path):
     decoder.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == ["pipeline_sticker", "StickerPipeline"]
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == [
+        "pipeline_sticker",
+        "StickerPipeline",
+    ]
     again = StickerPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert draw(decoder).images[0].tobytes() == draw(again).images[0].tobytes()

@@ -1,0 +1,132 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from pegs.training.decoder import DecoderVaeArguments, reconstruction_loss
+from pegs.training.loop import LoopArguments, cosine_with_warmup, train_loop
+from pegs.training.stages import STAGES, ConfigError, build_arguments, load_config
+from tests.fixtures import tiny
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "mini").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_complete(path):
+    if path.stem == "model":
+        return
+    values = load_config(str(path), [])
+    assert values["stage"] == path.stem and values["stage"] in STAGES
+
+
+@pytest.mark.parametrize(("text", "overrides", "message"), [
+    ("[1, 2]", [], "needs `stage:`"),
+    ("stage: dance", [], "needs `stage:`, one of decoder_vae"),
+    ("stage: decoder_vae", ["--seed"], "pairs `--key value`"),
+    ("stage: decoder_vae", ["seed", "1"], "pairs `--key value`"),
+])  # fmt: skip
+def test_bad_configurations_are_named(tmp_path, text, overrides, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(tmp_path / "c.yaml"), overrides)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"speed": 3}, "unknown key 'speed'"),
+    ({"max_steps": "many"}, "max_steps must be int, got 'many'"),
+    ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
+    ({"output_dir": None}, "output_dir must be str, got None"),
+])  # fmt: skip
+def test_bad_arguments_are_named(changes, message):
+    values = {"output_dir": "x", "max_steps": 1, "batch_size": 1, "learning_rate": "1e-3", **changes}
+    with pytest.raises(ConfigError, match=message):
+        build_arguments(DecoderVaeArguments, values)
+    with pytest.raises(ConfigError, match="missing key 'max_steps'"):
+        build_arguments(DecoderVaeArguments, {"output_dir": "x"})
+
+
+def test_train_py_exits_2_with_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "nowhere.yaml")],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.strip().endswith("nowhere.yaml: no such file")
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_the_schedule_warms_up_and_cools_down():
+    factors = [cosine_with_warmup(step, 10, 100) for step in range(101)]
+    assert factors[9] == factors[10] == 1.0 == max(factors) and factors[100] == pytest.approx(0)
+    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
+
+
+class Numbers(Dataset):
+    def __init__(self, break_at=None):
+        self.break_at = break_at
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        if index == self.break_at:
+            raise KeyboardInterrupt
+        return torch.tensor([float(index), 1.0])
+
+
+def run(folder, break_at=None):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 1))
+    args = LoopArguments(str(folder), max_steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=2, save_minutes=0)
+
+    def loss_fn(model, batch, generator):
+        return (model(batch / 40).float() - torch.randn(1, generator=generator)).square().mean()
+
+    return train_loop(args, model, Numbers(break_at), loss_fn)
+
+
+def test_a_cut_run_goes_on_to_the_same_weights(tmp_path):
+    undisturbed = run(tmp_path / "one").state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "two", break_at=4 * 7 + 1)
+    assert 0 < int((tmp_path / "two" / "state" / "step").read_text()) < 12
+    resumed = run(tmp_path / "two").state_dict()
+    for name, value in undisturbed.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_reconstruction_loss_is_pixels_plus_edges():
+    target = torch.zeros(1, 4, 3, 3)
+    output = target.clone()
+    output[..., 1, 1] = 9.0
+    edges = 2 * 9.0 * 2 / 6  # two of six differences along each of two axes
+    torch.testing.assert_close(reconstruction_loss(output, target, 0.5), torch.tensor(1.0 + 0.5 * edges))
+
+
+def test_export_loads_as_float32_in_one_folder(tmp_path):
+    from transformers import AutoModel
+
+    from pegs.training.export import export
+    from pipelines.pipeline_sticker import StickerPipeline
+
+    model = tiny.make_tiny_model(lora={"r": 2, "target_modules": ["q_proj"]})
+    model.save_pretrained(tmp_path / "language")
+    tiny.make_tiny_processor(model.config).save_pretrained(tmp_path / "language")
+    tiny.make_tiny_decoder().save_pretrained(tmp_path / "decoder")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("card")
+    (tmp_path / "out" / "old.safetensors").write_text("stale")
+    export(str(tmp_path / "language"), str(tmp_path / "decoder"), str(tmp_path / "out"))
+    again = AutoModel.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert not (tmp_path / "out" / "old.safetensors").exists() and (tmp_path / "out" / "README.md").exists()
+    assert StickerPipeline.from_pretrained(tmp_path / "out").unet.dtype == torch.float32
