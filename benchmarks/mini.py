@@ -113,14 +113,15 @@ def main() -> None:
     collator = DataCollatorForPegs(processor, model.config, None, 2048)
     figures: dict = {"model": Path(args.model).name, "test_sessions": len(sessions)}
 
-    base = AutoModelForCausalLM.from_pretrained(find_language_model(model.config.language_model), dtype=torch.float32)
+    untouched = AutoModelForCausalLM.from_pretrained(
+        find_language_model(model.config.language_model), dtype=torch.float32
+    )
     figures["perplexity"] = {
         "pegs": round(perplexity(lambda b: model(**b).logits, collator, dialogues), 3),
         "untouched_smollm2": round(
-            perplexity(lambda b: base(**b).logits, collator, [text_only(d) for d in dialogues]), 3
+            perplexity(lambda b: untouched(**b).logits, collator, [text_only(d) for d in dialogues]), 3
         ),
     }
-    del base
 
     turns = system_turns(sessions, pack)
     replies = generate(pipeline, turns, args.seed)

@@ -66,11 +66,11 @@ def _read_message(path: Path, number: int, message: object, count: int) -> dict:
 
 def _read_part(path: Path, where: str, part: object) -> dict:
     match part:
-        case {"type": "text", "text": str()}:
-            return {"type": "text", "text": part["text"]}
-        case {"type": "image", "path": str()}:
+        case {"type": "text", "text": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "image", "path": str(name)}:
             try:
-                return {"type": "image", "image": load_sticker(path.parent / part["path"])}
+                return {"type": "image", "image": load_sticker(path.parent / name)}
             except StickerImageError as error:
                 raise InputError(f"{where}: {error}") from None
     raise InputError(f'{where}: must be {{"type": "text", "text": ...}} or {{"type": "image", "path": ...}}.')
