@@ -1,7 +1,5 @@
 """The training data of the language stages, all as dialogues in the chat format."""
 
-import random
-
 from dataset_builders.schema import Message, Session, Sticker
 from dataset_builders.stickers.pack import StickerPack
 
@@ -38,13 +36,12 @@ def caption_dialogues(stickers: list[Sticker], pack: StickerPack) -> list[list[d
     ]
 
 
-def request_dialogues(stickers: list[Sticker], pack: StickerPack, seed: int) -> list[list[dict]]:
-    """Sticker-text pairs (appendix C.2): the user describes a sticker or its moment, the assistant sends it."""
-    dialogues = []
-    for sticker in stickers:
-        texts = (sticker.caption, f"{sticker.emotion}: {sticker.emotion_description}", sticker.recommendation)
-        for text in texts:
-            answer = {"role": "assistant", "content": [image_part(sticker.id, pack)]}
-            dialogues.append([{"role": "user", "content": [{"type": "text", "text": text}]}, answer])
-    random.Random(seed).shuffle(dialogues)
-    return dialogues
+def request_dialogues(stickers: list[Sticker], pack: StickerPack) -> list[list[dict]]:
+    """Sticker-text pairs with emotion (appendix C.2): the user writes a sticker's caption, the assistant sends it."""
+    return [
+        [
+            {"role": "user", "content": [{"type": "text", "text": sticker.caption}]},
+            {"role": "assistant", "content": [image_part(sticker.id, pack)]},
+        ]
+        for sticker in stickers
+    ]

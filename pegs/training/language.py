@@ -96,7 +96,7 @@ def train_language(args: LanguageArguments) -> None:
         case "captions":
             dialogues = caption_dialogues(stickers, pack)
         case "requests":
-            dialogues = request_dialogues(stickers, pack, args.seed)
+            dialogues = request_dialogues(stickers, pack)
         case "sessions":
             dialogues = [session_messages(session, pack) for session in load_mini("train")]
         case other:

@@ -54,28 +54,13 @@ class VisionAligner(nn.Module):
         return F.normalize(self.projection(pooled).float(), dim=-1), self.emotion_head(pooled).float()
 
 
-def texts_of(drawing: Drawing) -> list[str]:
-    """What can be said of a drawing: for a sticker of the pack its whole annotation, else its name."""
-    sticker = openmoji.cached_pack().by_id.get(drawing.sticker_id)
-    if sticker is None:
-        return [drawing.caption]
-    return [
-        sticker.caption,
-        f"{sticker.emotion}: {sticker.emotion_description}",
-        sticker.recommendation,
-        ", ".join(sticker.tags),
-    ]
-
-
 class PictureTexts(Dataset):
-    """Pictures with the sentence embedding of one of their texts; an index maps to one fixed random draw."""
+    """Pictures with the sentence embedding of their caption; an index maps to one fixed random draw."""
 
     def __init__(self, art: list[Drawing], args: VisionArguments) -> None:
         self.args = args
         self.pictures = [to_rgba_tensor(drawing.pixels)[:3] for drawing in art]
-        texts = [texts_of(drawing) for drawing in art]
-        embeds = embed_sentences([text for group in texts for text in group])
-        self.embeds = embeds.split([len(group) for group in texts])
+        self.embeds = embed_sentences([drawing.caption for drawing in art])
         by_id = openmoji.cached_pack().by_id
         labels = [EMOTIONS.index(by_id[d.sticker_id].emotion) if d.sticker_id else -100 for d in art]
         self.emotions = torch.tensor(labels)
@@ -89,8 +74,12 @@ class PictureTexts(Dataset):
         rng = np.random.default_rng((self.args.seed, index))
         among = self.pack if rng.random() < self.args.pack_part else self.others
         i = int(among[rng.integers(len(among))])
-        text = self.embeds[i][rng.integers(len(self.embeds[i]))]
-        return {"pixels": self.pictures[i], "text": text, "index": torch.tensor(i), "emotion": self.emotions[i]}
+        return {
+            "pixels": self.pictures[i],
+            "text": self.embeds[i],
+            "index": torch.tensor(i),
+            "emotion": self.emotions[i],
+        }
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
