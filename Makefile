@@ -46,12 +46,12 @@ style: setup  ## fix style
 bench: setup  ## print the figures of the model card, one JSON line a script
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-STAGES := decoder_vae vision decoder_unet pretrain_perception sft_retrieval joint
+STAGES := decoder_vae vision decoder_unet pretrain_perception sft_retrieval joint sft_generation
 checkpoints: setup  ## train the embedded default from nothing into checkpoints/ (hours on a CPU; resumes)
 	for stage in $(STAGES); do \
 	  test -f outputs/mini/$$stage/done || { $(CPU) configs/mini/$$stage.yaml && touch outputs/mini/$$stage/done; } || exit 1; \
 	done
-	$(BIN)/python -m pegs.training.export --language outputs/mini/joint --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
+	$(BIN)/python -m pegs.training.export --language outputs/mini/sft_generation --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
 
 evaluate-mini: setup  ## print the figures of the mini model's card and draw its contact sheets
 	$(BIN)/python benchmarks/mini.py

@@ -35,12 +35,19 @@ def _language(values: dict[str, Any]) -> None:
     language.train_language(build_arguments(language.LanguageArguments, values))
 
 
+def _sft_generation(values: dict[str, Any]) -> None:
+    from pegs.training import generation
+
+    generation.train_generation(build_arguments(generation.GenerationArguments, values))
+
+
 STAGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "decoder_vae": _decoder_vae,
     "decoder_unet": _decoder_unet,
     "vision": _vision,
     "pretrain_perception": _language,
     "sft_retrieval": _language,
+    "sft_generation": _sft_generation,
     "joint": _language,
 }
 
