@@ -45,7 +45,9 @@ class GenerationArguments(LoopArguments):
 class HiddenStates(Dataset):
     """Pairs of hidden states `(r - k, d)` and caption states `(L, D)`; an index maps to one fixed random draw."""
 
-    def __init__(self, hidden: torch.Tensor, states: torch.Tensor, num_dialogues: int, args: GenerationArguments) -> None:
+    def __init__(
+        self, hidden: torch.Tensor, states: torch.Tensor, num_dialogues: int, args: GenerationArguments
+    ) -> None:
         self.hidden, self.states, self.num_dialogues, self.args = hidden, states, num_dialogues, args
 
     def __len__(self) -> int:
@@ -96,7 +98,12 @@ def train_generation(args: GenerationArguments) -> None:
     hidden = generation_hidden_states(model, processor, dialogues + requests)
     states = encode_captions([pack.by_id[i].caption for i in sent] + captions, model.config.prompt_length)
     spread = hidden.std(dim=0, keepdim=True)
-    logger.info("%d stickers of dialogues, %d captions; variance of the targets %.4f", len(sent), len(captions), states.var(0).mean())
+    logger.info(
+        "%d stickers of dialogues, %d captions; variance of the targets %.4f",
+        len(sent),
+        len(captions),
+        states.var(0).mean(),
+    )
 
     def loss_fn(mapper: torch.nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
         noise = torch.randn(batch["hidden"].shape, generator=generator, device=batch["hidden"].device)

@@ -32,6 +32,8 @@ class LanguageArguments:
         trainable (`list[str]`): Prefixes of the parameters to train; all others stay frozen.
         max_length (`int`): Longest sequence.
         loss_weights (`dict[str, float]`): Eq. 10's weights under `lm`, `retrieval`, `generation`; those not given are 1.
+        lora_learning_rate (`float`): Learning rate of the LoRA weights; all others have the trainer's. A gentle one keeps what the language
+            model can say.
         seed (`int`): Seed of data order and dropout.
         trainer (`dict`): Arguments of `transformers.TrainingArguments`.
 
@@ -43,6 +45,7 @@ class LanguageArguments:
     trainable: list = field(default_factory=list)
     max_length: int = 768
     loss_weights: dict = field(default_factory=dict)
+    lora_learning_rate: float = 3e-4
     seed: int = 0
     trainer: dict = field(default_factory=dict)
 
@@ -103,18 +106,26 @@ def train_language(args: LanguageArguments) -> None:
             raise ValueError(f"`data` must be captions, requests or sessions, got {other!r}.")
     targets = StickerTargets(pack, [sticker.id for sticker in stickers], model, processor)
     freeze_except(model, args.trainable)
+    training_args = TrainingArguments(
+        output_dir=f"{args.output_dir}/trainer",
+        remove_unused_columns=False,
+        report_to="none",
+        seed=args.seed,
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        lr_scheduler_type="cosine",
+        **args.trainer,
+    )
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if ".lora_" in name], "lr": args.lora_learning_rate},
+        {"params": [p for name, p in trained if ".lora_" not in name], "lr": training_args.learning_rate},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=training_args.weight_decay)
     trainer = PegsTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=f"{args.output_dir}/trainer",
-            remove_unused_columns=False,
-            report_to="none",
-            seed=args.seed,
-            disable_tqdm=True,
-            use_cpu=not torch.accelerator.is_available(),
-            lr_scheduler_type="cosine",
-            **args.trainer,
-        ),
+        args=training_args,
+        optimizers=(optimizer, None),
         train_dataset=[{"messages": messages} for messages in dialogues],
         data_collator=DataCollatorForPegs(processor, model.config, targets, args.max_length),
         callbacks=[LogLine()],
