@@ -34,6 +34,7 @@ class GenerationArguments(LoopArguments):
         dialogue_part (`float`): Share of the samples that are stickers of the training dialogues rather than captions, in `[0, 1]`.
         noise (`float`): Standard deviation of the noise on the hidden states, relative to theirs.
         extra_captions (`bool`): Whether to add the names of the other OpenMoji drawings as captions; no picture is needed (appendix C.1).
+
     """
 
     init_from: str = ""
