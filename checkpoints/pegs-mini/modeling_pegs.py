@@ -1,0 +1,401 @@
+"""PEGS: a language model that perceives stickers and answers with text and a sticker (StickerConv, section 4)."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Blip2QFormerModel, Blip2VisionModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
+
+from .backbones import find_language_model
+from .configuration_pegs import PegsConfig
+from .feature_mapper import FeatureMapper
+from .generation_pegs import PegsGenerationMixin
+from .retrieval_head import RetrievalHead, info_nce_loss
+
+
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass
+class PegsOutput(ModelOutput):
+    """
+    Output of [`PegsModel`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): Weighted sum of the losses (eq. 10), returned with `labels`.
+        logits (`torch.Tensor` of shape `(B, T, V + 3 + r)`): Scores of the old and the added vocabulary.
+        past_key_values (`Cache`, *optional*): The language model's cache.
+        last_hidden_state (`torch.Tensor` of shape `(B, T, d)`): The language model's last hidden states.
+        lm_loss (`torch.Tensor` of shape `()`, *optional*): Eq. 4.
+        retrieval_loss (`torch.Tensor` of shape `()`, *optional*): Eq. 8.
+        generation_loss (`torch.Tensor` of shape `()`, *optional*): Eq. 9, mean over elements.
+
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    last_hidden_state: torch.Tensor | None = None
+    lm_loss: torch.Tensor | None = None
+    retrieval_loss: torch.Tensor | None = None
+    generation_loss: torch.Tensor | None = None
+
+
+class AddedVocabulary(nn.Module):
+    """
+    Embedding and output rows of the added tokens (eq. 1), kept apart so that the language model's own rows never change.
+
+    Args:
+        num_tokens (`int`): Number of added tokens.
+        hidden_size (`int`): Hidden size d.
+        first_id (`int`): Id of the first added token.
+
+    """
+
+    def __init__(self, num_tokens: int, hidden_size: int, first_id: int) -> None:
+        super().__init__()
+        self.first_id = first_id
+        self.embedding = nn.Embedding(num_tokens, hidden_size)
+        self.head = nn.Linear(hidden_size, num_tokens, bias=False)
+
+    def embed(self, input_ids: torch.Tensor, base_embedding: nn.Module) -> torch.Tensor:
+        """Embeddings `(B, T, d)` of ids `(B, T)` of the extended vocabulary."""
+        is_added = input_ids >= self.first_id
+        old = base_embedding(input_ids.masked_fill(is_added, 0))
+        new = self.embedding((input_ids - self.first_id).clamp(min=0))
+        return torch.where(is_added.unsqueeze(-1), new.to(old.dtype), old)
+
+    def extend(self, hidden_states: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
+        """Scores of the extended vocabulary: those of the base up to `first_id`, then the added ones."""
+        return torch.cat([base_logits[..., : self.first_id], self.head(hidden_states).to(base_logits.dtype)], dim=-1)
+
+
+class PegsPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what the auto classes need to know."""
+
+    config_class = PegsConfig
+    base_model_prefix = "pegs"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["Blip2EncoderLayer", "Blip2QFormerLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FeatureMapper):
+            nn.init.normal_(module.queries)
+        elif isinstance(module, PegsModel):
+            nn.init.normal_(module.query_tokens, std=0.02)
+
+
+class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
+    """
+    PEGS as retrieval, generation or retrieval-augmented generation (StickerConv, figure 3).
+
+    Shapes use `B` dialogues, `T` tokens, `N` perceived stickers, `S` stickers to produce, `Q` query tokens, `k` retrieval and `r - k`
+    generation tokens, hidden size `d`, retrieval size `e`, prompt embeddings `(L, D)`.
+
+    Args:
+        config ([`PegsConfig`]):
+            Configuration. With `config.language_model` set, the language model is no part of the checkpoint: `from_pretrained`
+            finds it and lays the checkpoint's LoRA adapter over it.
+
+    """
+
+    def __init__(self, config: PegsConfig) -> None:
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.vision_model = Blip2VisionModel(config.vision_config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
+        self.qformer = Blip2QFormerModel(config.qformer_config)
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, hidden_size)
+        self.added_vocabulary = AddedVocabulary(len(config.new_tokens), hidden_size, config.first_new_token_id)
+        self.retrieval_head = self.feature_mapper = None
+        if config.num_retrieval_tokens:
+            self.retrieval_head = RetrievalHead(hidden_size, config.vision_config.hidden_size, config.retrieval_dim)
+        if config.num_generation_tokens:
+            self.feature_mapper = FeatureMapper(
+                hidden_size,
+                config.mapper_hidden_size,
+                config.mapper_num_layers,
+                config.mapper_num_heads,
+                config.mapper_intermediate_size,
+                config.prompt_length,
+                config.prompt_dim,
+            )
+        self.language_model = None
+        if config.language_model is None:
+            self.attach_language_model(AutoModelForCausalLM.from_config(config.text_config))
+        self.post_init()
+
+    def attach_language_model(self, language_model: PreTrainedModel, adapter: str | os.PathLike | None = None) -> None:
+        """
+        Make `language_model` the frozen backbone, with LoRA over it if `config.lora` says so.
+
+        Args:
+            language_model (`PreTrainedModel`): A causal language model with the configuration `config.text_config`.
+            adapter (`str` or `os.PathLike`, *optional*): Folder of a trained adapter; without it LoRA starts at zero.
+
+        """
+        language_model.requires_grad_(False)
+        if adapter is not None:
+            language_model = PeftModel.from_pretrained(language_model, adapter, is_trainable=True)
+        elif self.config.lora is not None:
+            language_model = get_peft_model(language_model, LoraConfig(task_type="CAUSAL_LM", **self.config.lora))
+        self.language_model = language_model
+        if self.generation_config is None or self.generation_config.eos_token_id is None:
+            self.generation_config = language_model.generation_config
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args, language_model_path: str | None = None, **kwargs
+    ) -> "PegsModel":
+        """
+        Load a checkpoint, and the language model that it refers to.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
+            language_model_path (`str`, *optional*): Folder of the language model; see [`find_language_model`] for the other ways.
+            *args: As for `PreTrainedModel.from_pretrained`.
+            **kwargs: As for `PreTrainedModel.from_pretrained`.
+
+        Returns:
+            `PegsModel`: In evaluation mode.
+
+        Raises:
+            FileNotFoundError: If the referenced language model is nowhere.
+
+        """
+        info = kwargs.pop("output_loading_info", False)
+        model, loading = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if model.config.language_model is not None:
+            folder = find_language_model(model.config.language_model, language_model_path)
+            language_model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=model.dtype, device_map=kwargs.get("device_map")
+            )
+            adapter = None
+            if model.config.lora is not None:
+                adapter = _checkpoint_folder(pretrained_model_name_or_path, kwargs.get("revision")) / ADAPTER_FOLDER
+                adapter = adapter if adapter.is_dir() else None
+            model.attach_language_model(language_model, adapter)
+        model.eval()
+        return (model, loading) if info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
+        """
+        Save the checkpoint; a referenced language model is left out, its LoRA adapter goes into `adapter/` in PEFT's format.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder.
+            state_dict (`dict`, *optional*): Weights to save instead of the model's own.
+            **kwargs: As for `PreTrainedModel.save_pretrained`.
+
+        """
+        if self.config.language_model is None:
+            return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if isinstance(self.language_model, PeftModel):
+            prefix = "language_model."
+            language_state = {
+                key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
+            }
+            self.language_model.save_pretrained(Path(save_directory) / ADAPTER_FOLDER, state_dict=language_state)
+        own = {key: value for key, value in state_dict.items() if not key.startswith("language_model.")}
+        language_model, self.language_model = self.language_model, None
+        try:
+            return super().save_pretrained(save_directory, state_dict=own, **kwargs)
+        finally:
+            self.language_model = language_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's own embedding; the added tokens have theirs in `added_vocabulary`."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        """`None`: nothing here is tied or resized."""
+        return None
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Encode stickers (section 4.1).
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, 3, height, width)`): Stickers, normalised by the processor.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Vectors for the language model `(N, Q, d)`, and the pooled vision output `(N, p)`.
+
+        """
+        vision = self.vision_model(pixel_values.to(self.query_tokens.dtype))
+        queries = self.query_tokens.expand(len(pixel_values), -1, -1)
+        states = self.qformer(query_embeds=queries, encoder_hidden_states=vision.last_hidden_state).last_hidden_state
+        return self.language_projection(states), vision.pooler_output
+
+    def embed_stickers(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Unit vectors `(N, e)` of stickers `(N, 3, height, width)` in the retrieval space (eq. 5)."""
+        return self.retrieval_head.embed_image(
+            self.vision_model(pixel_values.to(self.query_tokens.dtype)).pooler_output
+        )
+
+    def get_inputs_embeds(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """
+        Embed a sequence with its perceived stickers in place.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`): Ids of the extended vocabulary, `Q` times `<IMG>` a sticker.
+            pixel_values (`torch.Tensor` of shape `(N, 3, height, width)`, *optional*): The stickers, in order of appearance.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, d)`.
+
+        Raises:
+            ValueError: If placeholders and stickers do not match in number.
+
+        """
+        embeds = self.added_vocabulary.embed(input_ids, self.get_input_embeddings())
+        placeholders = input_ids == self.config.image_token_id
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        if int(placeholders.sum()) != num_images * self.config.num_query_tokens:
+            raise ValueError(
+                f"The sequence has {int(placeholders.sum())} <IMG> placeholders, {num_images} stickers need "
+                f"{num_images * self.config.num_query_tokens}."
+            )
+        if pixel_values is not None:
+            features, _ = self.get_image_features(pixel_values)
+            embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), features.to(embeds.dtype))
+        return embeds
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: torch.Tensor | None = None,
+        retrieval_features: torch.Tensor | None = None,
+        retrieval_positives: torch.Tensor | None = None,
+        target_prompt_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> PegsOutput:
+        """
+        Run the language model over text and stickers, with the losses if `labels` are given.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`): Ids of the extended vocabulary.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 where a token counts.
+            pixel_values (`torch.Tensor` of shape `(N, 3, height, width)`, *optional*): Perceived stickers, in order.
+            inputs_embeds (`torch.Tensor` of shape `(B, T, d)`, *optional*): Embeddings instead of ids and stickers.
+            position_ids (`torch.Tensor` of shape `(B, T)`, *optional*): Positions.
+            past_key_values (`Cache`, *optional*): The language model's cache.
+            use_cache (`bool`, *optional*): Whether to return a cache.
+            labels (`torch.Tensor` of shape `(B, T)`, *optional*): Ids to predict, -100 where there is nothing to predict.
+            retrieval_features (`torch.Tensor` of shape `(M, p)`, *optional*): Pooled vision outputs of the stickers to choose from.
+            retrieval_positives (`torch.Tensor` of shape `(S, M)`, *optional*): Which of them is right for each produced sticker.
+            target_prompt_embeds (`torch.Tensor` of shape `(S, L, D)`, *optional*): Text encoder output of the stickers' captions.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Number of last positions to score, 0 for all.
+            **kwargs: Ignored; generation passes flags that only some language models know.
+
+        Returns:
+            [`PegsOutput`].
+
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_inputs_embeds(input_ids, pixel_values)
+        outputs = self.decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is None:
+            kept = (
+                hidden_states[:, -logits_to_keep:]
+                if isinstance(logits_to_keep, int)
+                else hidden_states[:, logits_to_keep]
+            )
+            return PegsOutput(
+                logits=self.score(kept), past_key_values=outputs.past_key_values, last_hidden_state=hidden_states
+            )
+        predicts = labels[:, 1:] != -100
+        logits = self.score(hidden_states[:, :-1][predicts])  # only where there is something to predict
+        lm_loss = F.cross_entropy(logits.float(), labels[:, 1:][predicts])
+        loss = self.config.lm_loss_weight * lm_loss
+        retrieval_loss = generation_loss = None
+        spans = self.get_img_hidden_states(input_ids, hidden_states)
+        if len(spans) and retrieval_positives is not None:
+            texts = self.retrieval_head.embed_text(spans[:, : self.config.num_retrieval_tokens])
+            images = self.retrieval_head.embed_image(retrieval_features)
+            retrieval_loss = info_nce_loss(texts, images, retrieval_positives, self.config.retrieval_temperature)
+            loss = loss + self.config.retrieval_loss_weight * retrieval_loss
+        if len(spans) and target_prompt_embeds is not None:
+            prompt_embeds = self.feature_mapper(spans[:, self.config.num_retrieval_tokens :])
+            generation_loss = F.mse_loss(prompt_embeds.float(), target_prompt_embeds.float())
+            loss = loss + self.config.generation_loss_weight * generation_loss
+        return PegsOutput(
+            loss=loss,
+            last_hidden_state=hidden_states,
+            lm_loss=lm_loss.detach(),
+            retrieval_loss=None if retrieval_loss is None else retrieval_loss.detach(),
+            generation_loss=None if generation_loss is None else generation_loss.detach(),
+        )
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The language model below a LoRA wrapper, if there is one; LoRA stays active."""
+        return (
+            self.language_model.get_base_model() if isinstance(self.language_model, PeftModel) else self.language_model
+        )
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its output layer."""
+        return self.causal_lm.get_decoder()
+
+    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(..., V + 3 + r)` of hidden states `(..., d)`."""
+        return self.added_vocabulary.extend(hidden_states, self.causal_lm.get_output_embeddings()(hidden_states))
+
+    def get_img_hidden_states(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Hidden states of the produced stickers' tokens.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`): Ids with whole spans `[IMG1]` ... `[IMGr]` only.
+            hidden_states (`torch.Tensor` of shape `(B, T, d)`): Last hidden states.
+
+        Returns:
+            `torch.Tensor` of shape `(S, r, d)`, in order of appearance.
+
+        """
+        first, last = self.config.img_token_ids[0], self.config.img_token_ids[-1]
+        in_span = (input_ids >= first) & (input_ids <= last)
+        return hidden_states[in_span].view(-1, self.config.num_img_tokens, hidden_states.shape[-1])
+
+
+def _checkpoint_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=[f"{ADAPTER_FOLDER}/*"]))
+
+
+PegsModel.register_for_auto_class("AutoModel")
+
+__all__ = ["PegsModel", "PegsOutput", "PegsPreTrainedModel"]

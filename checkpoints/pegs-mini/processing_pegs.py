@@ -1,0 +1,162 @@
+"""Processor of PEGS: dialogues with stickers to tensors."""
+
+import io
+import os
+from typing import Any
+
+from PIL import Image, ImageOps
+from transformers import BatchFeature, ProcessorMixin
+
+
+MAX_IMAGE_PIXELS = 64_000_000
+
+
+class StickerImageError(ValueError):
+    """A sticker that cannot be read; the message names the file and what is wrong."""
+
+
+def load_sticker(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
+    """
+    Read a sticker as the model sees it: first frame, upright, on white.
+
+    Args:
+        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): A file, an encoded picture, or a picture.
+
+    Returns:
+        `PIL.Image.Image`: RGB.
+
+    Raises:
+        StickerImageError: If the file is missing, no image, cut short, or larger than 64 megapixels.
+
+    """
+    name = "the picture" if isinstance(source, bytes | Image.Image) else str(source)
+    try:
+        image = (
+            source
+            if isinstance(source, Image.Image)
+            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        )
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise StickerImageError(f"{name}: {image.width}x{image.height} pixels are more than {MAX_IMAGE_PIXELS:,}.")
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+    except FileNotFoundError:
+        raise StickerImageError(f"{name}: no such file.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, StickerImageError):
+            raise
+        raise StickerImageError(f"{name}: not a readable image ({error}).") from None
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+class PegsProcessor(ProcessorMixin):
+    """
+    Tokenizer and image processor of PEGS.
+
+    `<IMG>` in a text stands for a perceived sticker and becomes `<Img>`, `num_query_tokens` placeholders and `</Img>`. The chat template
+    writes a sticker of the user as `<IMG>`, one of the assistant as the span `[IMG1]` ... `[IMGr]` followed by `<IMG>`, so that the model
+    also sees what it has sent.
+
+    Args:
+        image_processor: An image processor of transformers.
+        tokenizer: A tokenizer that knows the added tokens.
+        num_query_tokens (`int`, *optional*, defaults to 32): Placeholders a sticker takes.
+        chat_template (`str`, *optional*): Jinja template.
+
+    """
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, num_query_tokens: int = 32, chat_template: str | None = None
+    ) -> None:
+        self.num_query_tokens = num_query_tokens
+        self.image_token = "<IMG>"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, text: str | list[str], images: list | None = None, **kwargs) -> BatchFeature:
+        """
+        Make model inputs.
+
+        Args:
+            text (`str` or `list[str]`): Texts with `<IMG>` where a sticker stands.
+            images (`list`, *optional*): The stickers of all texts in order, files or pictures; a list a text is flattened.
+            kwargs: As for the tokenizer.
+
+        Returns:
+            `BatchFeature`: `input_ids`, `attention_mask` of shape `(B, T)`, and `pixel_values` `(N, 3, height, width)` if there are stickers.
+
+        Raises:
+            ValueError: If the texts have not as many `<IMG>` as there are stickers.
+
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        flat = [image for item in images or [] for image in (item if isinstance(item, list | tuple) else [item])]
+        num_placeholders = sum(item.count(self.image_token) for item in texts)
+        if num_placeholders != len(flat):
+            raise ValueError(
+                f"The texts have {num_placeholders} {self.image_token}, but there are {len(flat)} stickers."
+            )
+        expanded = f"<Img>{self.image_token * self.num_query_tokens}</Img>"
+        return_tensors = kwargs.pop("return_tensors", None)
+        inputs = self.tokenizer([item.replace(self.image_token, expanded) for item in texts], **kwargs)
+        data = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        if flat:
+            pictures = [load_sticker(image) for image in flat]
+            data["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def apply_chat_template(self, conversation: list, chat_template: str | None = None, **kwargs) -> Any:
+        """
+        Write dialogues as text, or with `tokenize=True` as model inputs.
+
+        Args:
+            conversation (`list`): A dialogue `[{"role": ..., "content": [{"type": "text", "text": ...}, {"type": "image", "path": ...}]}, ...]`, or a
+                list of them. A sticker is given as `path`, or as `image` (a file name, an encoded picture, or a picture).
+            chat_template (`str`, *optional*): Another template.
+            kwargs: `add_generation_prompt`, `tokenize`, `return_dict`, `return_tensors`, `padding`, `truncation`, `max_length`.
+
+        Returns:
+            `str`, `list[str]` or `BatchFeature`: As in transformers; a tokenized single dialogue is a batch of one.
+
+        """
+        is_single = isinstance(conversation[0], dict)
+        conversations = [conversation] if is_single else conversation
+        prompt = self.tokenizer.apply_chat_template(
+            [_without_control_tokens(messages, self.tokenizer) for messages in conversations],
+            chat_template=chat_template or self.chat_template,
+            add_generation_prompt=kwargs.pop("add_generation_prompt", False),
+            tokenize=False,
+        )
+        if not kwargs.pop("tokenize", False):
+            return prompt[0] if is_single else prompt
+        kwargs.pop("return_dict", None)
+        images = [
+            part.get("path") or part.get("image") or part.get("url")
+            for messages in conversations
+            for message in messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
+        return self(prompt, images, add_special_tokens=False, **{"padding": True, "padding_side": "left", **kwargs})
+
+
+def _without_control_tokens(messages: list[dict], tokenizer: Any) -> list[dict]:
+    """Break up special tokens in what people write, so that a message cannot open a turn or claim a sticker."""
+
+    def clean(text: str) -> str:
+        for token in tokenizer.all_special_tokens:
+            if len(token) > 1:
+                text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+        return text
+
+    cleaned = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = [{**part, "text": clean(part["text"])} if part["type"] == "text" else part for part in parts]
+        cleaned.append({**message, "content": parts})
+    return cleaned
+
+
+PegsProcessor.register_for_auto_class()
+
+__all__ = ["PegsProcessor", "StickerImageError", "load_sticker"]
