@@ -22,7 +22,7 @@ from modeling_pegs.backbones import find_language_model
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
 from pegs.quiet import quiet_libraries
 from pegs.training.data_collator import DataCollatorForPegs
-from pegs.training.dialogues import session_messages
+from pegs.training.dialogues import session_messages, turn_contexts
 from pegs.training.text_states import embed_sentences
 
 
@@ -50,16 +50,8 @@ def system_turns(sessions, pack) -> list[dict]:
     """Every System turn with all earlier messages as context (section 6)."""
     turns = []
     for session in sessions:
-        messages = session_messages(session, pack)
-        for turn in session.turns:
-            turns.append(
-                {
-                    "session": session,
-                    "context": messages[: 2 * turn.turn - 1],
-                    "user": turn.user.text,
-                    "gold": turn.system.sticker,
-                }
-            )
+        for turn, context in zip(session.turns, turn_contexts(session, pack), strict=True):
+            turns.append({"session": session, "context": context, "user": turn.user.text, "gold": turn.system.sticker})
     return turns
 
 

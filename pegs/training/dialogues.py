@@ -13,6 +13,12 @@ def session_messages(session: Session, pack: StickerPack) -> list[dict]:
     return messages
 
 
+def turn_contexts(session: Session, pack: StickerPack) -> list[list[dict]]:
+    """For every System turn, all messages before it (section 6)."""
+    messages = session_messages(session, pack)
+    return [messages[: 2 * turn.turn - 1] for turn in session.turns]
+
+
 def _parts(message: Message, pack: StickerPack) -> list[dict]:
     parts = [{"type": "text", "text": message.text}]
     if message.sticker is not None:

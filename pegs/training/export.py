@@ -1,21 +1,31 @@
 """
-Put a trained model and its decoder into one folder in Hub layout, in half precision.
+Put a trained model and its decoder into one folder in Hub layout, in half precision, with its sticker rate fitted on the validation sessions.
 
     python -m pegs.training.export --language outputs/mini/joint --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
 """
 
 import argparse
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import torch
 
+from dataset_builders.schema import Session
+from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.stickers.openmoji import cached_pack
+from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
+from pegs.training.calibrate import fit_sticker_bias, sticker_logits
+from pegs.training.dialogues import turn_contexts
 from pipelines.pipeline_sticker import StickerPipeline
 
 
-def export(language: str, decoder: str, out: str) -> None:
+logger = logging.getLogger(__name__)
+
+
+def export(language: str, decoder: str, out: str, sessions: list[Session], pack: StickerPack) -> None:
     """
     Write the folder that `AutoModel`, `AutoProcessor` and `DiffusionPipeline` all load from.
 
@@ -25,6 +35,8 @@ def export(language: str, decoder: str, out: str) -> None:
         language (`str`): Trained PEGS checkpoint.
         decoder (`str`): Trained `StickerPipeline` folder.
         out (`str`): Folder to write; only the card of an earlier export is kept.
+        sessions (`list[Session]`): Held-out sessions; the share of their System turns with a sticker becomes the model's.
+        pack ([`StickerPack`]): Where their stickers are.
 
     """
     folder = Path(out)
@@ -33,13 +45,20 @@ def export(language: str, decoder: str, out: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     pipeline = StickerPipeline.from_pretrained(decoder, dtype=torch.float16)
     pipeline.save_pretrained(folder)
-    model = PegsModel.from_pretrained(language)
+    model, processor = PegsModel.from_pretrained(language), PegsProcessor.from_pretrained(language)
     model.generation_config.update(
         do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.1, max_new_tokens=64
     )
     model.generation_config.max_length = None
+    golds = [turn.system.sticker is not None for session in sessions for turn in session.turns]
+    contexts = [context for session in sessions for context in turn_contexts(session, pack)]
+    bias = fit_sticker_bias(
+        sticker_logits(model, processor, contexts), sum(golds) / len(golds), model.generation_config.temperature
+    )
+    logger.info("sticker_bias %.3f for a rate of %.3f", bias, sum(golds) / len(golds))
+    model.generation_config.sticker_bias = round(bias, 3)
     model.half().save_pretrained(folder)
-    PegsProcessor.from_pretrained(language).save_pretrained(folder)
+    processor.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["dtype"] = config["text_config"]["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -49,4 +68,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("language", "decoder", "out"):
         parser.add_argument(f"--{name}", required=True)
-    export(**vars(parser.parse_args()))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    export(**vars(parser.parse_args()), sessions=load_mini("validation"), pack=cached_pack())

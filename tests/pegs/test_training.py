@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.stickers.openmoji import cached_pack
+from pegs.training.calibrate import fit_sticker_bias
 from pegs.training.decoder import DecoderVaeArguments, reconstruction_loss
 from pegs.training.loop import LoopArguments, cosine_with_warmup, train_loop
 from pegs.training.stages import STAGES, ConfigError, build_arguments, load_config
@@ -111,6 +114,15 @@ def test_reconstruction_loss_is_pixels_plus_edges():
     torch.testing.assert_close(reconstruction_loss(output, target, 0.5), torch.tensor(1.0 + 0.5 * edges))
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.6, 0.9])
+def test_the_bias_gives_the_wished_rate(rate):
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 3 - 4
+    bias = fit_sticker_bias(logits, rate, temperature=0.6)
+    assert torch.sigmoid((logits + bias) / 0.6).mean() == pytest.approx(rate, abs=1e-4)
+    with pytest.raises(ValueError, match="rate 1.5"):
+        fit_sticker_bias(logits, 1.5)
+
+
 def test_export_loads_as_float32_in_one_folder(tmp_path):
     from transformers import AutoModel
 
@@ -124,9 +136,11 @@ def test_export_loads_as_float32_in_one_folder(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("card")
     (tmp_path / "out" / "old.safetensors").write_text("stale")
-    export(str(tmp_path / "language"), str(tmp_path / "decoder"), str(tmp_path / "out"))
+    sessions = load_mini("validation")[:2]
+    export(str(tmp_path / "language"), str(tmp_path / "decoder"), str(tmp_path / "out"), sessions, cached_pack())
     again = AutoModel.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert isinstance(again.generation_config.sticker_bias, float)
     assert not (tmp_path / "out" / "old.safetensors").exists() and (tmp_path / "out" / "README.md").exists()
     assert StickerPipeline.from_pretrained(tmp_path / "out").unet.dtype == torch.float32
