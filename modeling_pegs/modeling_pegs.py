@@ -156,7 +156,9 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         self.language_model = language_model
         if self.generation_config is None or self.generation_config.eos_token_id is None:
             self.generation_config = copy.deepcopy(language_model.generation_config)
-        self.generation_config._from_model_config = False  # else settings of PEGS' own, `sticker_bias`, are dropped on load
+        self.generation_config._from_model_config = (
+            False  # else settings of PEGS' own, `sticker_bias`, are dropped on load
+        )
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from dataset_builders.stickers.openmoji import cached_pack
-from dataset_builders.stickers.pack import StickerPack
+from dataset_builders.stickers.pack import PackError, StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from pegs.errors import InputError
 from pipelines.pipeline_pegs import PegsPipeline
@@ -35,7 +35,7 @@ def load_pack(name: str) -> StickerPack:
         return cached_pack()
     try:
         return StickerPack.load(name)
-    except (FileNotFoundError, OSError, ValueError, TypeError) as error:
+    except (OSError, PackError) as error:
         raise InputError(f"--stickers {name}: {error}") from error
 
 
@@ -60,7 +60,7 @@ def embed_pack(model: PegsModel, processor: PegsProcessor, pack: StickerPack) ->
     chunks = []
     for start in range(0, len(pack.stickers), 64):
         chunk = pack.stickers[start : start + 64]
-        inputs = processor(["<IMG>"] * len(chunk), [sticker.image for sticker in chunk], return_tensors="pt")
+        inputs = processor(["<IMG>"] * len(chunk), [pack.image(sticker.id) for sticker in chunk], return_tensors="pt")
         with torch.no_grad():
             chunks.append(model.embed_stickers(inputs["pixel_values"].to(model.device)).float().cpu())
     embeddings = torch.cat(chunks)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pegs.cli_stickers import JsonOption, StickersOption, stickers_app
 from pegs.errors import InputError
 from pegs.quiet import quiet_libraries
 
@@ -21,15 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-stickers_app = typer.Typer(help="Sticker packs.", no_args_is_help=True)
 app.add_typer(stickers_app, name="stickers")
 errors = Console(stderr=True, highlight=False)
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="Folder or Hub id of a PEGS checkpoint.", show_default="the embedded mini model")
 ]
-StickersOption = Annotated[str, typer.Option("--stickers", help="Sticker pack: a name or a folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def check_variant(variant: str) -> str:
@@ -102,50 +100,6 @@ def chat(
         from pegs.serving.chat import serve_chat
 
         serve_chat(pipeline, variant, host, port)
-
-
-@stickers_app.command("build", epilog="Example: pegs stickers build openmoji --out packs/openmoji")
-def stickers_build(
-    source: Annotated[str, typer.Argument(help="openmoji")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the pack.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Build a sticker pack."""
-    from dataset_builders.stickers.openmoji import build_pack
-
-    if source != "openmoji":
-        raise InputError(f"{source}: the sources are: openmoji.")
-    pack = build_pack()
-    pack.save(out)
-    summary = {
-        "pack": str(out),
-        "stickers": len(pack.stickers),
-        "databases": pack.num_databases,
-        "licence": pack.info.licence,
-    }
-    typer.echo(
-        json.dumps(summary) if as_json else f"{summary['stickers']} stickers in {out} ({pack.info.attribution})"
-    )
-
-
-@stickers_app.command(
-    "show", epilog="Example: pegs stickers show --stickers openmoji --out sheet.png --emotion sadness"
-)
-def stickers_show(
-    out: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
-    stickers: StickersOption = "openmoji",
-    emotion: Annotated[str, typer.Option(help="Only this emotion.")] = "",
-) -> None:
-    """Write a contact sheet of a pack."""
-    from dataset_builders.stickers.sheet import contact_sheet
-    from pegs.assemble import load_pack
-
-    pack = load_pack(stickers)
-    chosen = [sticker for sticker in pack.stickers if emotion in ("", sticker.emotion)]
-    if not chosen:
-        raise InputError(f"--emotion {emotion}: the pack has no such stickers.")
-    labels = [sticker.id for sticker in chosen]
-    contact_sheet([pack.image(i) for i in labels], labels, footer=pack.info.attribution).save(out)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ class Retrieved:
 
     id: str
     score: float
-    emotion: str
+    emotion: str | None  # `None` in a pack that is not annotated
 
 
 @dataclass
@@ -170,7 +170,7 @@ class PegsPipeline:
                 reply.sticker, reply.blocked = drawn.images[0], drawn.blocked[0]
                 reply.why = "Drawn from the reply's own generation tokens."
                 if variant == "rag":
-                    reply.why = f"Drawn over {reply.retrieved[0].id} ({reply.retrieved[0].emotion}), the nearest sticker of the pack."
+                    reply.why = f"Drawn over {reply.retrieved[0].id}, the nearest sticker of the pack."
             if variant == "ret" or reply.blocked is not None:
                 self._send_retrieved(reply)
         reply.seconds["sticker"] = time.perf_counter() - started
@@ -184,7 +184,10 @@ class PegsPipeline:
         best = reply.retrieved[0]
         sticker = self.pack.by_id[best.id]
         reply.sticker, reply.sticker_id = self.pack.image(best.id), best.id
-        reply.why = f"{best.id} ({best.emotion}, similarity {best.score:.2f}): {sticker.recommendation}"
+        known = [best.emotion] if best.emotion else []
+        reply.why = f"{best.id} ({', '.join([*known, f'similarity {best.score:.2f}'])})"
+        if sticker.recommendation:
+            reply.why += f": {sticker.recommendation}"
         if reply.blocked is not None:
             reply.why = f"The drawing was blocked ({reply.blocked}); instead {reply.why}"
 

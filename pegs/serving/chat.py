@@ -1,9 +1,8 @@
 """Chat in the browser."""
 
 import gradio as gr
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dataset_builders.schema import EMOTIONS
 from modeling_pegs.processing_pegs import StickerImageError, load_sticker
 from pegs.errors import InputError
 from pegs.messages import MAX_CHARACTERS
@@ -19,6 +18,7 @@ CSS = """
 #attribution { opacity: .7; }
 #attribution p { font-size: .8rem; }
 """
+SHOWN = 200  # of a shelf of the pack
 EXAMPLES = [
     "my dog died yesterday",
     "i got the job!!",
@@ -42,7 +42,9 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
 
     """
     pack = pipeline.pack
-    by_emotion = {e: [s.id for s in pack.stickers if s.emotion == e] for e in EMOTIONS}
+    shelves: dict[str, list[str]] = {}
+    for sticker in pack.stickers:
+        shelves.setdefault(sticker.emotion or sticker.theme or "stickers", []).append(sticker.id)
     choices = VARIANTS if pipeline.decoder is not None else VARIANTS[:1]
 
     def send(
@@ -149,23 +151,25 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
                     undo_button, clear_button = gr.Button("Undo"), gr.Button("Clear")
                 upload = gr.Image(label="Send a picture", type="filepath", height=140, image_mode=None)
                 with gr.Accordion("Send a sticker of the pack", open=False):
-                    emotion = gr.Dropdown(list(EMOTIONS), value="sadness", show_label=False)
+                    shelf = gr.Dropdown(
+                        sorted(shelves), value="sadness" if "sadness" in shelves else min(shelves), show_label=False
+                    )
                     gallery = gr.Gallery(
                         columns=4, height=260, show_label=False, allow_preview=False, elem_id="gallery"
                     )
 
         def thumbnails(name: str) -> list:
-            """Small pictures of one emotion's stickers."""
-            return [pack.image(sticker_id).resize((96, 96)) for sticker_id in by_emotion[name]]
+            """Small pictures of one shelf's stickers."""
+            return [ImageOps.contain(pack.image(sticker_id), (96, 96)) for sticker_id in shelves.get(name, [])[:SHOWN]]
 
         def pick(name: str, event: gr.SelectData):
             """Remember the picked sticker and show it."""
             gr.Info("Picked. It goes out with your next message.")
-            return by_emotion[name][event.index]
+            return shelves[name][event.index]
 
-        page.load(thumbnails, emotion, gallery)
-        emotion.change(thumbnails, emotion, gallery)
-        gallery.select(pick, emotion, picked)
+        page.load(thumbnails, shelf, gallery)
+        shelf.change(thumbnails, shelf, gallery)
+        gallery.select(pick, shelf, picked)
         inputs = [box, upload, picked, history, kind, seed, chatbot]
         outputs = [chatbot, history, box, upload, picked]
         for event in (box.submit, button.click):

@@ -28,7 +28,7 @@ def _parts(message: Message, pack: StickerPack) -> list[dict]:
 
 def image_part(sticker_id: str, pack: StickerPack) -> dict:
     """An image part of the chat format."""
-    return {"type": "image", "image": pack.by_id[sticker_id].image, "sticker_id": sticker_id}
+    return {"type": "image", "image": pack.still(sticker_id), "sticker_id": sticker_id}
 
 
 def caption_dialogues(stickers: list[Sticker], pack: StickerPack) -> list[list[dict]]:

@@ -86,7 +86,7 @@ def train_generation(args: GenerationArguments) -> None:
         in_pack = {sticker.image_path.removesuffix(".png") for sticker in pack.stickers}
         names = (cldr_name(hexcode) for hexcode in list_hexcodes() if hexcode not in in_pack)
         captions += sorted({name for name in names if name})
-    blank = pack.by_id[sent[0]].image  # what the assistant sends comes after the span, so it cannot matter
+    blank = pack.images[sent[0]]  # what the assistant sends comes after the span, so it cannot matter
     requests = [
         [
             {"role": "user", "content": [{"type": "text", "text": caption}]},

@@ -68,7 +68,12 @@ def send(page, text: str) -> None:
 
 def wait_for_reply(page, count: int) -> str:
     page.wait_for_function(
-        "n => document.querySelectorAll('#chat .bot.message').length >= n", arg=count, timeout=120_000
+        """n => {
+            const replies = [...document.querySelectorAll('#chat .bot.message')];
+            return replies.length >= n && !replies.at(-1).innerText.includes('Loading content');
+        }""",
+        arg=count,
+        timeout=120_000,
     )
     return page.locator("#chat .bot.message").last.inner_text()
 
