@@ -33,6 +33,7 @@ setup(
         "faiss-cpu>=1.15",
         "huggingface_hub>=2.4",
         "jinja2>=3.1",
+        "openai>=3",
         "peft>=0.21",
         "pillow>=11",
         "pyarrow>=20",

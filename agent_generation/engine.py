@@ -1,0 +1,252 @@
+"""Running many tasks that ask a language model: concurrent, journaled, resumable, within a budget."""
+
+import asyncio
+import hashlib
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent_generation.llm import LLM, AnswerError, ModelError, Reply, Request
+
+
+Steps = Generator[Sequence[Request], list[Any], dict]
+"""
+A task as a pure state machine: it yields requests that may be asked at once, takes their answers in the same order (an [`AnswerError`] in place
+of one that failed), and returns its result. It must draw nothing but what its own seed gives, so that it can be run again from the journal.
+"""
+
+
+class BudgetError(RuntimeError):
+    """The next request could pass the budget; run again with a larger one to go on."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """US dollars for a million tokens."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """US dollars."""
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; `reused` answers came from the journal."""
+
+    tasks: int = 0
+    failed: int = 0
+    calls: int = 0
+    reused: int = 0
+    retried: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended: its result, or why it failed."""
+
+    task: str
+    result: dict | None
+    failed: str | None = None
+
+
+def needed(answer: Any) -> Any:
+    """`answer`, for a task that cannot go on without it.
+
+    Raises:
+        AnswerError: If it is one.
+
+    """
+    if isinstance(answer, AnswerError):
+        raise answer
+    return answer
+
+
+class Journal:
+    """
+    Answers that have arrived, in SQLite: each is written before it is used, so none is asked for (and paid) twice.
+
+    Args:
+        file (`Path`): Made if needed. It holds requests' digests and models' answers, never a key.
+
+    """
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.connection = sqlite3.connect(file, isolation_level=None)
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        self.connection.execute("PRAGMA synchronous = NORMAL")
+        self.connection.execute(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, digest TEXT, text TEXT, model TEXT,"
+            " prompt_tokens INTEGER, completion_tokens INTEGER, complete INTEGER) WITHOUT ROWID"
+        )
+
+    def find(self, key: str, digest: str) -> Reply | None:
+        """The answer to the request of this key, if what was asked is the same."""
+        row = self.connection.execute(
+            "SELECT text, model, prompt_tokens, completion_tokens, complete FROM answers WHERE key = ? AND digest = ?",
+            (key, digest),
+        ).fetchone()
+        return Reply(row[0], row[1], row[2], row[3], bool(row[4])) if row else None
+
+    def add(self, key: str, digest: str, reply: Reply) -> None:
+        """Keep an answer; it survives a kill from here on."""
+        self.connection.execute(
+            "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (key, digest, reply.text, reply.model, reply.prompt_tokens, reply.completion_tokens, reply.complete),
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self.connection.close()
+
+
+class Engine:
+    """
+    Runs tasks against a model.
+
+    Args:
+        llm ([`LLM`]): Answers.
+        journal ([`Journal`]): Keeps the answers.
+        concurrency (`int`, *optional*, defaults to 32): Requests in flight at once.
+        live_tasks (`int`, *optional*): Tasks begun and not ended at once; twice the concurrency if not given.
+        attempts (`int`, *optional*, defaults to 3): How often a request is asked until its answer has the right form.
+        prices ([`Prices`], *optional*): For the cost.
+        budget_usd (`float`, *optional*): Hard cap on the cost of this run, the most that requests in flight can cost counted in.
+        on_progress (`Callable`, *optional*): Called with [`Progress`] after every answer and every task.
+
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        journal: Journal,
+        concurrency: int = 32,
+        live_tasks: int | None = None,
+        attempts: int = 3,
+        prices: Prices | None = None,
+        budget_usd: float | None = None,
+        on_progress: Callable[[Progress], object] = lambda progress: None,
+    ) -> None:
+        self.llm, self.journal, self.attempts = llm, journal, attempts
+        self.live_tasks = live_tasks or 2 * concurrency
+        self.slots = asyncio.Semaphore(concurrency)
+        self.prices, self.budget_usd, self.reserved_usd = prices or Prices(), budget_usd, 0.0
+        self.progress, self.on_progress = Progress(), on_progress
+        self.ended: ModelError | BudgetError | None = None
+
+    async def run(self, tasks: Iterable[tuple[str, Callable[[], Steps]]]) -> AsyncIterator[Outcome]:
+        """
+        Run tasks, given by name and start, and give their outcomes as they end.
+
+        A task whose needed answer failed ends with the reason; the others go on.
+
+        Raises:
+            ModelError: If the model answers nobody.
+            BudgetError: If the budget is used up.
+
+        """
+        waiting = iter(tasks)
+        live: set[asyncio.Task[Outcome]] = set()
+        try:
+            while True:
+                while len(live) < self.live_tasks and (task := next(waiting, None)):
+                    live.add(asyncio.create_task(self._run_one(*task)))
+                if not live:
+                    return
+                done, live = await asyncio.wait(live, return_when=asyncio.FIRST_COMPLETED)
+                for finished in done:
+                    try:
+                        outcome = finished.result()
+                    except (ModelError, BudgetError) as error:
+                        self.ended = error  # nothing new is asked; what is paid for still arrives and is kept
+                        await asyncio.gather(*live, return_exceptions=True)
+                        raise
+                    self.progress.tasks += 1
+                    self.progress.failed += outcome.failed is not None
+                    self.on_progress(self.progress)
+                    yield outcome
+        finally:
+            for task_left in live:
+                task_left.cancel()
+            await asyncio.gather(*live, return_exceptions=True)
+
+    async def _run_one(self, name: str, start: Callable[[], Steps]) -> Outcome:
+        steps, asked = start(), 0
+        try:
+            requests = next(steps)
+            while True:
+                keys = [f"{name}/{asked + i}" for i in range(len(requests))]
+                if len(requests) == 1:
+                    answers = [await self._answer(keys[0], requests[0])]
+                else:
+                    answers = await asyncio.gather(*map(self._answer, keys, requests))
+                asked += len(requests)
+                requests = steps.send(answers)
+        except StopIteration as stop:
+            return Outcome(name, stop.value)
+        except AnswerError as error:
+            return Outcome(name, None, str(error))
+
+    async def _answer(self, key: str, request: Request) -> Any:
+        """The parsed answer, or the [`AnswerError`] of the last attempt."""
+        failure = AnswerError("not asked")
+        for attempt in range(self.attempts):
+            self.progress.retried += attempt > 0
+            try:
+                reply = await self._reply(f"{key}/{attempt}", request)
+                if not reply.complete:
+                    raise AnswerError("answer cut off")
+                return request.parse(reply.text)
+            except AnswerError as error:
+                failure = error
+        return failure
+
+    async def _reply(self, key: str, request: Request) -> Reply:
+        reply = self.journal.find(key, request.digest)
+        if reply is not None:
+            self.progress.reused += 1
+            return reply
+        async with self.slots:
+            if self.ended:
+                raise self.ended
+            most = self.prices.cost(most_prompt_tokens(request.messages), self.llm.most_tokens(request.role))
+            if self.budget_usd is not None and self.progress.cost_usd + self.reserved_usd + most > self.budget_usd:
+                raise BudgetError(
+                    f"the budget of {self.budget_usd} USD is used up ({self.progress.cost_usd:.4f} USD spent)"
+                )
+            self.reserved_usd += most
+            try:
+                reply = await self.llm.ask(request, seed_of(key))
+            finally:
+                self.reserved_usd -= most
+        self.journal.add(key, request.digest, reply)
+        progress = self.progress
+        progress.calls += 1
+        progress.prompt_tokens += reply.prompt_tokens
+        progress.completion_tokens += reply.completion_tokens
+        progress.cost_usd += self.prices.cost(reply.prompt_tokens, reply.completion_tokens)
+        self.on_progress(progress)
+        return reply
+
+
+def most_prompt_tokens(messages: Sequence[dict]) -> int:
+    """An upper bound on the length of a prompt in tokens: its UTF-8 bytes, and 2,000 an image."""
+    tokens = 0
+    for message in messages:
+        content = message["content"]
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            tokens += len(part["text"].encode()) + 8 if "text" in part else 2000
+    return tokens
+
+
+def seed_of(text: str) -> int:
+    """A seed in `[0, 2**31)` that depends on `text` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1

@@ -1,0 +1,204 @@
+"""Requests to language models, and the models that answer them."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    AsyncOpenAI,
+    AuthenticationError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+from pydantic import BaseModel, ValidationError
+
+
+class AnswerError(ValueError):
+    """An answer that cannot be used (empty, cut off, malformed, refused); the message says which."""
+
+
+class ModelError(RuntimeError):
+    """An error that no later request would survive: wrong key, unknown model, nobody listening. It ends the run."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    One question to a model.
+
+    Args:
+        messages (`Sequence[dict]`): Chat messages in OpenAI's format; content may hold `image_url` parts with `data:` addresses.
+        role (`str`): Who asks (`"user"`, `"system"`, `"manager"`, `"annotate"` ...); decides model, temperature and length.
+        answer (`type[BaseModel]`, *optional*): Form of a structured answer; free text without it.
+
+    """
+
+    messages: Sequence[dict]
+    role: str
+    answer: type[BaseModel] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that is asked."""
+        form = self.answer.model_json_schema() if self.answer else None
+        return hashlib.sha256(json.dumps([self.messages, self.role, form], sort_keys=True).encode()).hexdigest()
+
+    def parse(self, text: str) -> Any:
+        """
+        The answer: text, or an instance of `answer`; a code fence or words around the JSON object are tolerated.
+
+        Raises:
+            AnswerError: If `text` is empty or not of that form.
+
+        """
+        text = text.strip()
+        if not text:
+            raise AnswerError("empty answer")
+        if self.answer is None:
+            return text
+        found = re.search(r"\{.*\}", text, re.DOTALL)
+        if not found:
+            raise AnswerError("malformed answer: no JSON object")
+        try:
+            return self.answer.model_validate_json(found[0])
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise AnswerError(f"malformed answer: {f'{where}: ' if where else ''}{first['msg']}") from error
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model sent back: text and what it cost in tokens; `complete` is `False` if it was cut off."""
+
+    text: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+    complete: bool = True
+
+
+class LLM(Protocol):
+    """Anything that answers a [`Request`]."""
+
+    async def ask(self, request: Request, seed: int) -> Reply:
+        """
+        Answer one request.
+
+        Raises:
+            AnswerError: If this request failed for good.
+            ModelError: If every request would.
+
+        """
+
+    def most_tokens(self, role: str) -> int:
+        """Longest answer to a role, in tokens."""
+
+
+@dataclass(frozen=True)
+class RoleSettings:
+    """Model and sampling of a role (upstream's values are in `ROLES`)."""
+
+    temperature: float = 0.7
+    max_tokens: int = 150
+    model: str | None = None
+
+
+ROLES: dict[str, RoleSettings] = {
+    "filter": RoleSettings(temperature=0.2, max_tokens=300),
+    "annotate": RoleSettings(temperature=0.2, max_tokens=500),
+    "knowledge": RoleSettings(temperature=0.5, max_tokens=300),
+}
+
+
+@dataclass
+class OpenAILLM:
+    """
+    Any OpenAI-compatible endpoint: OpenAI, vLLM, SGLang, llama.cpp, Ollama, `transformers serve`.
+
+    Connection errors, timeouts, 408, 409, 429 and 5xx are retried by the client with backoff and jitter, `Retry-After` heeded.
+
+    Args:
+        base_url (`str`): Address up to and with `/v1`.
+        model (`str`): Model of every role that names none itself.
+        roles (`Mapping[str, RoleSettings]`, *optional*): Settings by role.
+        max_retries (`int`, *optional*, defaults to 6): Retries of one request.
+        timeout (`float`, *optional*, defaults to 120.0): Seconds for one try.
+        api_key (`str`, *optional*): Defaults to `OPENAI_API_KEY`, or to none for an endpoint that asks for none. Never logged or stored.
+
+    """
+
+    base_url: str
+    model: str
+    roles: Mapping[str, RoleSettings] = field(default_factory=lambda: ROLES)
+    max_retries: int = 6
+    timeout: float = 120.0
+    api_key: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def client(self) -> AsyncOpenAI:
+        """The client, with its connection pool."""
+        key = self.api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        return AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=self.max_retries, timeout=self.timeout)
+
+    def most_tokens(self, role: str) -> int:
+        """Longest answer to a role, in tokens."""
+        return self.roles[role].max_tokens
+
+    async def ask(self, request: Request, seed: int) -> Reply:
+        """Answer one request; see [`LLM`]."""
+        settings = self.roles[request.role]
+        options: dict[str, Any] = {}
+        if request.answer:
+            form = {"name": request.answer.__name__, "schema": strict_schema(request.answer), "strict": True}
+            options["response_format"] = {"type": "json_schema", "json_schema": form}
+        try:
+            done = await self.client.chat.completions.create(
+                model=settings.model or self.model,
+                messages=list(request.messages),  # type: ignore[arg-type]
+                temperature=settings.temperature,
+                max_tokens=settings.max_tokens,
+                seed=seed,
+                **options,
+            )
+        except (AuthenticationError, PermissionDeniedError, NotFoundError) as error:
+            raise ModelError(f"{self.base_url}: {self._without_key(error.message)}") from None
+        except APIConnectionError as error:
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            raise AnswerError(f"no connection to {self.base_url}{self._without_key(cause)}") from None
+        except APIStatusError as error:
+            raise AnswerError(f"status {error.status_code}: {self._without_key(error.message)[:200]}") from None
+        except (ValueError, TypeError) as error:  # a body that is no JSON
+            raise AnswerError(f"malformed response: {type(error).__name__}") from None
+        if not isinstance(getattr(done, "choices", None), list) or not done.choices:
+            raise AnswerError("malformed response: no choices")
+        choice, usage = done.choices[0], done.usage
+        return Reply(
+            text=choice.message.content or "",
+            model=done.model or settings.model or self.model,
+            prompt_tokens=usage.prompt_tokens if usage else 0,
+            completion_tokens=usage.completion_tokens if usage else 0,
+            complete=choice.finish_reason != "length",
+        )
+
+    def _without_key(self, text: str) -> str:
+        key = self.client.api_key
+        text = text.replace(key, "***") if len(key) > 4 else text
+        return re.sub(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}", "***", text)
+
+
+def strict_schema(answer: type[BaseModel]) -> dict:
+    """JSON schema of a form as OpenAI's strict mode wants it: all fields required, no others."""
+    schema = answer.model_json_schema()
+    for part in (schema, *schema.get("$defs", {}).values()):
+        if part.get("type") == "object":
+            part["additionalProperties"] = False
+            part["required"] = list(part.get("properties", {}))
+    return schema

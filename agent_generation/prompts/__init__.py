@@ -1,0 +1,42 @@
+"""The agents' prompts: one Jinja template a question and language."""
+
+from functools import lru_cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateNotFound
+
+
+VERSION = "1"
+LANGUAGES = ("en", "zh")
+
+
+@lru_cache(maxsize=1)
+def environment() -> Environment:
+    """The templates; a missing value is an error."""
+    return Environment(
+        loader=PackageLoader("agent_generation", "prompts"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(name: str, language: str = "en", **values: object) -> str:
+    """
+    A prompt.
+
+    Args:
+        name (`str`): Which one, `filter_1` for example.
+        language (`str`, *optional*, defaults to `"en"`): `en` or `zh`.
+        values: What the template shows. It is data: no template syntax in it is read.
+
+    Returns:
+        `str`.
+
+    Raises:
+        ValueError: If there is no such prompt in that language.
+
+    """
+    try:
+        return environment().get_template(f"{language}/{name}.jinja").render(**values).strip()
+    except TemplateNotFound as error:
+        raise ValueError(f"no prompt {name!r} in language {language!r}") from error
