@@ -1,9 +1,8 @@
 """The commands `pegs stickers`: one function a verb, no logic."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -11,10 +10,49 @@ from rich.console import Console
 from pegs.errors import InputError
 
 
+if TYPE_CHECKING:
+    from dataset_builders.stickers.pack import StickerPack
+
+
 stickers_app = typer.Typer(help="Sticker packs.", no_args_is_help=True)
 
 StickersOption = Annotated[str, typer.Option("--stickers", help="Sticker pack: a name or a folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+PackOption = Annotated[Path, typer.Option("--pack", help="Folder of the pack.")]
+LlmModelOption = Annotated[str, typer.Option("--model", help="Its model.")]
+ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Requests at once.")]
+BudgetOption = Annotated[float | None, typer.Option(help="Stop before the cost passes this; needs prices.")]
+PriceInOption = Annotated[float, typer.Option(help="US dollars for a million prompt tokens.")]
+PriceOutOption = Annotated[float, typer.Option(help="US dollars for a million answer tokens.")]
+LanguageOption = Annotated[Literal["en", "zh"], typer.Option(help="Language of the prompts and texts.")]
+
+
+def open_pack(folder: Path) -> "StickerPack":
+    """The pack in a folder.
+
+    Raises:
+        InputError: If there is none, or a broken one.
+
+    """
+    from dataset_builders.stickers.pack import PackError, StickerPack
+
+    try:
+        return StickerPack.load(folder)
+    except (FileNotFoundError, PackError) as error:
+        raise InputError(str(error)) from error
+
+
+def report(result: dict, as_json: bool, shown: tuple[str, ...]) -> None:
+    """Print a result; what failed is told line by line, and ends the command with 1: the same command tries it again."""
+    failed = result.get("failed", {})
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        for name, reason in failed.items():
+            typer.echo(f"failed {name}: {reason}", err=True)
+        typer.echo(", ".join(f"{key.replace('_', ' ')}: {result[key]}" for key in shown))
+    if failed:
+        raise typer.Exit(1)
 
 
 @stickers_app.command(
@@ -57,8 +95,155 @@ def stickers_build(
         typer.echo(json.dumps(summary, ensure_ascii=False))
         return
     for skipped in result.skipped:
-        typer.echo(f"skipped {skipped.file}: {skipped.reason}", file=sys.stderr)
+        typer.echo(f"skipped {skipped.file}: {skipped.reason}", err=True)
     typer.echo(f"{result.stickers} stickers in {out} (licence {result.info.licence}; {result.info.attribution})")
+
+
+@stickers_app.command(
+    "filter",
+    epilog="Example: pegs stickers filter --pack packs/cats --out packs/kept --llm http://127.0.0.1:8000/v1 --model llava",
+)
+def stickers_filter(
+    pack: PackOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the smaller pack.")],
+    llm: Annotated[str, typer.Option(help="Address of an OpenAI-compatible endpoint with image input.")],
+    model: LlmModelOption,
+    concurrency: ConcurrencyOption = 16,
+    budget_usd: BudgetOption = None,
+    price_in: PriceInOption = 0.0,
+    price_out: PriceOutOption = 0.0,
+    language: LanguageOption = "en",
+    as_json: JsonOption = False,
+) -> None:
+    """Keep the stickers that a vision-language model finds fit for casual chat, three times of five at least."""
+    from pegs.sticker_tools import Endpoint, Prices, filter_pack
+
+    endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language)
+    report(filter_pack(open_pack(pack), endpoint, out), as_json, ("stickers", "refused", "ties", "unknown_answers"))
+
+
+@stickers_app.command(
+    "annotate",
+    epilog="Example: OPENAI_API_KEY=... pegs stickers annotate --pack packs/cats --llm https://api.openai.com/v1 --model gpt-5-mini",
+)
+def stickers_annotate(
+    pack: PackOption,
+    llm: Annotated[
+        str,
+        typer.Option(
+            help="Address of an OpenAI-compatible endpoint with image input; without it, the embedded model."
+        ),
+    ] = "",
+    model: Annotated[str, typer.Option(help="Its model; without --llm, a PEGS checkpoint.")] = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the annotated pack.", show_default="the same")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Also those that are annotated.")] = False,
+    concurrency: ConcurrencyOption = 16,
+    budget_usd: BudgetOption = None,
+    price_in: PriceInOption = 0.0,
+    price_out: PriceOutOption = 0.0,
+    language: LanguageOption = "en",
+    as_json: JsonOption = False,
+) -> None:
+    """Write emotion, description, feeling, recommendation and tags for the stickers that have none."""
+    from pegs.sticker_tools import Endpoint, Prices, annotate_pack, annotate_pack_locally
+
+    if llm and not model:
+        raise InputError("--model is needed with --llm.")
+    opened = open_pack(pack)
+    if llm:
+        endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language)
+        result = annotate_pack(opened, endpoint, out or pack, again)
+    else:
+        from pegs.assemble import DEFAULT_MODEL, load_pack
+
+        result = annotate_pack_locally(opened, load_pack("openmoji"), model or str(DEFAULT_MODEL), out or pack, again)
+    report(result, as_json, ("annotated",))
+
+
+@stickers_app.command("split", epilog="Example: pegs stickers split --pack packs/cats --databases 10")
+def stickers_split(
+    pack: PackOption,
+    databases: Annotated[int, typer.Option(help="How many databases; the last fifth serves the test split.")],
+    seed: Annotated[int, typer.Option(help="Seed of the deal.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Deal a pack into small databases with the same emotions each."""
+    from dataset_builders.stickers.pack import write_databases
+    from dataset_builders.stickers.split import split_databases
+
+    stickers = open_pack(pack).stickers
+    emotions = {sticker.id: sticker.emotion for sticker in stickers if sticker.emotion}
+    if len(emotions) < len(stickers):
+        raise InputError(f"{pack}: {len(stickers) - len(emotions)} stickers have no emotion; annotate the pack first.")
+    if not 1 <= databases <= len(emotions):
+        raise InputError(f"--databases {databases}: must be from 1 to {len(emotions)}, the pack's size.")
+    write_databases(pack, split_databases(emotions, databases, seed))
+    report({"pack": str(pack), "databases": databases, "stickers": len(emotions)}, as_json, ("stickers", "databases"))
+
+
+@stickers_app.command(
+    "search", epilog='Example: pegs stickers search "a gentle hug" --pack packs/cats --emotion sadness --prefer -k 5'
+)
+def stickers_search(
+    query: Annotated[str, typer.Argument(help="What the sticker should say or show.")],
+    pack: PackOption,
+    emotion: Annotated[str, typer.Option(help="Only this emotion.")] = "",
+    prefer: Annotated[bool, typer.Option("--prefer", help="Prefer --emotion instead of finding no other.")] = False,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 10,
+    encoder: Annotated[str, typer.Option(help="Sentence encoder: folder or Hub id.")] = "all-MiniLM-L6-v2",
+    as_json: JsonOption = False,
+) -> None:
+    """Find stickers by what is said of them."""
+    from dataset_builders.schema import EMOTIONS
+    from dataset_builders.stickers.encoder import TextEncoder
+    from dataset_builders.stickers.search import open_search
+
+    if emotion and emotion not in EMOTIONS:
+        raise InputError(f"--emotion {emotion}: must be one of {', '.join(EMOTIONS)}.")
+    opened = open_pack(pack)
+    hits = open_search(pack, opened, TextEncoder(encoder)).by_text(
+        query, k, emotion or None, "prefer" if prefer else "only"
+    )
+    found = [
+        {
+            "id": hit.id,
+            "score": round(hit.score, 4),
+            "matched": hit.matched,
+            "emotion": opened.by_id[hit.id].emotion,
+            "description": opened.by_id[hit.id].description,
+        }
+        for hit in hits
+    ]
+    if as_json:
+        typer.echo(json.dumps({"query": query, "hits": found}, ensure_ascii=False))
+        return
+    for hit in found:
+        typer.echo(
+            f"{hit['score']:.2f}  {hit['id']}  {hit['emotion'] or '-'}  ({hit['matched']})  {hit['description']}"
+        )
+
+
+@stickers_app.command("export", epilog="Example: pegs stickers export --pack packs/cats --to whatsapp --out exported")
+def stickers_export(
+    pack: PackOption,
+    to: Annotated[Literal["telegram", "whatsapp"], typer.Option(help="Messenger.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the archives.")],
+    i_have_rights: Annotated[bool, typer.Option("--i-have-rights", help="I may pass these pictures on.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write archives that a messenger takes, with attribution."""
+    from dataset_builders.stickers.export import LicenceError, export_telegram, export_whatsapp
+
+    export = export_telegram if to == "telegram" else export_whatsapp
+    with Console(stderr=True).status("encoding") as status:
+        try:
+            done = export(open_pack(pack), out, i_have_rights, lambda n: status.update(f"{n} stickers"))
+        except LicenceError as error:
+            raise InputError(f"{pack}: {error}; if you hold the rights, say --i-have-rights.") from error
+    result = {"files": [str(file) for file in done.files], "stickers": done.stickers, "failed": dict(done.skipped)}
+    report(result, as_json, ("stickers", "files"))
 
 
 @stickers_app.command(

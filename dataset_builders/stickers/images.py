@@ -175,11 +175,11 @@ def _animation(image: Image.Image, data: bytes, frames: int) -> Picture:
     return Picture(data, FORMATS[image.format or "WEBP"], *image.size, True, digest(*sampled))
 
 
-def encode_animation(frames: list[Image.Image], durations: list[int]) -> bytes:
+def encode_animation(frames: list[Image.Image], durations: list[int], quality: int = 85) -> bytes:
     """Frames (RGBA) and their durations in milliseconds as an animated WebP that repeats."""
     buffer = io.BytesIO()
     frames[0].save(
-        buffer, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=85, method=2
+        buffer, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=quality, method=2
     )
     return buffer.getvalue()
 

