@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
@@ -20,23 +22,25 @@ from pipelines.pipeline_sticker import StickerPipeline
 
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_MODEL = CHECKPOINTS / "pegs-mini"
 
 
 def load_pack(name: str) -> StickerPack:
     """
-    A sticker pack by name or folder.
+    A sticker pack by name, folder or Hub id.
 
     Raises:
-        InputError: If it is neither `openmoji` nor a pack's folder.
+        InputError: If it is neither `openmoji` nor a pack's folder nor a dataset repository with one.
 
     """
     if name == "openmoji":
         return cached_pack()
     try:
-        return StickerPack.load(name)
-    except (OSError, PackError) as error:
-        raise InputError(f"--stickers {name}: {error}") from error
+        on_hub = not Path(name).exists() and HUB_ID.fullmatch(name)
+        return StickerPack.load(snapshot_download(name, repo_type="dataset") if on_hub else name)
+    except (OSError, PackError, HfHubHTTPError) as error:
+        raise InputError(f"--stickers {name}: {str(error).splitlines()[0]}") from error
 
 
 def embed_pack(model: PegsModel, processor: PegsProcessor, pack: StickerPack) -> torch.Tensor:

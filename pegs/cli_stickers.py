@@ -246,6 +246,30 @@ def stickers_export(
     report(result, as_json, ("stickers", "files"))
 
 
+@stickers_app.command("publish", epilog="Example: pegs stickers publish ines/cats --pack packs/cats")
+def stickers_publish(
+    repo_id: Annotated[str, typer.Argument(help="Hub id: user/name.")],
+    pack: PackOption,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    i_have_rights: Annotated[bool, typer.Option("--i-have-rights", help="I may pass these pictures on.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a pack as a dataset on the Hub, with its card."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from dataset_builders.stickers.export import LicenceError
+    from hub_cards.push import push_sticker_pack
+
+    open_pack(pack)
+    try:
+        url = push_sticker_pack(pack, repo_id, private, i_have_rights)
+    except LicenceError as error:
+        raise InputError(f"{pack}: {error}; if you hold the rights, say --i-have-rights.") from error
+    except HfHubHTTPError as error:
+        raise InputError(f"{repo_id}: {str(error).splitlines()[0]}") from error
+    report({"url": url}, as_json, ("url",))
+
+
 @stickers_app.command(
     "show", epilog="Example: pegs stickers show --stickers openmoji --out sheet.png --emotion sadness"
 )
