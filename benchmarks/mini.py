@@ -19,7 +19,7 @@ from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.sheet import contact_sheet
 from hub_cards.cards import render_card
 from modeling_pegs.backbones import find_language_model
-from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.assemble import DEFAULT_MODEL, embed_pictures, load_pipeline
 from pegs.quiet import quiet_libraries
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import session_messages, turn_contexts
@@ -124,21 +124,26 @@ def main() -> None:
     }
 
     with_sticker = [turn for turn in turns if turn["gold"] is not None]
-    forced = generate(pipeline, with_sticker, args.seed, sticker_bias=1e4, do_sample=False)
+    forced = generate(pipeline, with_sticker, args.seed, sticker_bias=math.inf, do_sample=False)
     rows = {sticker_id: i for i, sticker_id in enumerate(pipeline.pack_ids)}
     databases = {d: [s.id for s in pack.database(d)] for d in {t["session"].database for t in turns}}
     descriptions = embed_sentences([s.description for s in pack.stickers])
+    captions = embed_sentences([s.caption for s in pack.stickers])
     messages = embed_sentences([turn["user"] for turn in with_sticker])
     golds = [turn["gold"].emotion for turn in with_sticker]
-    hits: dict[str, list[bool]] = {"pegs": [], "minilm_message_to_description": []}
+    hits: dict[str, list[bool]] = {"pegs": [], "minilm_message_to_description": [], "minilm_message_to_caption": []}
     exact, chance = [], []
     for turn, reply, message in zip(with_sticker, forced, messages, strict=True):
         ids = databases[turn["session"].database]
         index = torch.tensor([rows[i] for i in ids])
         order = (pipeline.pack_embeds[index] @ reply["query"]).argsort(descending=True)
-        by_text = ids[int((descriptions[index] @ message).argmax())]
+        by_text = {
+            "minilm_message_to_description": ids[int((descriptions[index] @ message).argmax())],
+            "minilm_message_to_caption": ids[int((captions[index] @ message).argmax())],
+        }
         hits["pegs"].append(pack.by_id[ids[int(order[0])]].emotion == turn["gold"].emotion)
-        hits["minilm_message_to_description"].append(pack.by_id[by_text].emotion == turn["gold"].emotion)
+        for name, found in by_text.items():
+            hits[name].append(pack.by_id[found].emotion == turn["gold"].emotion)
         exact.append(ids.index(turn["gold"].id) in order[:5].tolist())
         counts = Counter(pack.by_id[i].emotion for i in ids)
         chance.append(counts[turn["gold"].emotion] / len(ids))
@@ -158,7 +163,7 @@ def main() -> None:
     figures["retrieval_recall_at_5_of_database"] = {"pegs": share(exact), "chance": round(5 / 55.5, 4)}
 
     train_ids = [s.id for s in pack.split("train")]
-    train_embeds = pipeline.pack_embeds[torch.tensor([rows[i] for i in train_ids])]
+    train_embeds = embed_pictures(model, processor, pack, pack.split("train"))
 
     def judge(images: list) -> list[str]:
         """Emotion by a vote of the five nearest training stickers under the vision tower."""
@@ -209,7 +214,7 @@ def draw_request_sheet(pipeline, seed: int):
     rng = random.Random(seed)
     chosen = [s for e in EMOTIONS for s in rng.sample([s for s in pipeline.pack.split("train") if s.emotion == e], 6)]
     turns = [{"context": [{"role": "user", "content": [{"type": "text", "text": s.caption}]}]} for s in chosen]
-    replies = generate(pipeline, turns, seed, sticker_bias=1e4, do_sample=False)
+    replies = generate(pipeline, turns, seed, sticker_bias=math.inf, do_sample=False)
     images = []
     for start in range(0, len(replies), 14):
         chunk = torch.stack([reply["prompt_embeds"] for reply in replies[start : start + 14]])

@@ -3,16 +3,18 @@
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
+from dataset_builders.schema import Sticker
+from dataset_builders.stickers.encoder import TextEncoder
 from dataset_builders.stickers.openmoji import cached_pack
 from dataset_builders.stickers.pack import PackError, StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
@@ -45,34 +47,65 @@ def load_pack(name: str) -> StickerPack:
 
 def embed_pack(model: PegsModel, processor: PegsProcessor, pack: StickerPack) -> torch.Tensor:
     """
-    A pack's vectors `(M, e)` in the model's retrieval space, kept in `$HF_HOME/stickerconv/vectors` for the next time.
-
-    The file is named by what it depends on: the stickers' pixels and the vision tower's and image projection's weights.
+    A pack's vectors `(M, e)` in the model's retrieval space: of the caption where a sticker is annotated and the model's space has a sentence encoder, else of
+    the picture. Kept in `$HF_HOME/stickerconv/vectors` for the next time.
     """
+    encoder_name = model.config.retrieval_text_encoder
+    captions = {s.id: s.caption for s in pack.stickers if s.emotion and encoder_name}
+    parts = [encoder_name or "", *(f"{sticker.id} {captions.get(sticker.id, '')}" for sticker in pack.stickers)]
+    if len(captions) < len(pack.stickers):
+        parts.append(picture_key(model, pack.stickers))
+
+    def compute() -> torch.Tensor:
+        embeddings = torch.zeros(len(pack.stickers), model.config.retrieval_dim)
+        known = torch.tensor([sticker.id in captions for sticker in pack.stickers])
+        if captions:
+            embeddings[known] = torch.from_numpy(TextEncoder(encoder_name)(list(captions.values())))
+        if not known.all():
+            unknown = [sticker for sticker in pack.stickers if sticker.id not in captions]
+            embeddings[~known] = embed_pictures(model, processor, pack, unknown)
+        return embeddings
+
+    return _cached("\n".join(parts), compute)
+
+
+def embed_pictures(
+    model: PegsModel, processor: PegsProcessor, pack: StickerPack, stickers: list[Sticker]
+) -> torch.Tensor:
+    """Vectors `(len(stickers), e)` of stickers' pictures in the model's retrieval space (eq. 5), kept like [`embed_pack`]'s."""
+
+    def compute() -> torch.Tensor:
+        chunks = []
+        for start in range(0, len(stickers), 64):
+            images = [pack.image(sticker.id) for sticker in stickers[start : start + 64]]
+            inputs = processor(["<IMG>"] * len(images), images, return_tensors="pt")
+            with torch.no_grad():
+                chunks.append(model.embed_stickers(inputs["pixel_values"].to(model.device)).float().cpu())
+        return torch.cat(chunks)
+
+    return _cached(picture_key(model, stickers), compute)
+
+
+def picture_key(model: PegsModel, stickers: list[Sticker]) -> str:
+    """What the pictures' vectors depend on: the pixels, and the weights of vision tower and image projection."""
     key = hashlib.sha256()
     for part in (model.vision_model, model.retrieval_head.image_projection):
         for tensor in part.state_dict().values():
             key.update(tensor.float().cpu().numpy().tobytes())
-    for sticker in pack.stickers:
+    for sticker in stickers:
         key.update(sticker.sha256.encode())
-    file = Path(HF_HOME) / "stickerconv" / "vectors" / f"{key.hexdigest()[:24]}.safetensors"
-    ids = ",".join(pack.by_id)
-    if file.is_file():
-        with safe_open(file, "pt") as opened:
-            if opened.metadata() == {"ids": ids}:
-                return load_file(file)["embeddings"]
-    chunks = []
-    for start in range(0, len(pack.stickers), 64):
-        chunk = pack.stickers[start : start + 64]
-        inputs = processor(["<IMG>"] * len(chunk), [pack.image(sticker.id) for sticker in chunk], return_tensors="pt")
-        with torch.no_grad():
-            chunks.append(model.embed_stickers(inputs["pixel_values"].to(model.device)).float().cpu())
-    embeddings = torch.cat(chunks)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    save_file({"embeddings": embeddings}, partial, metadata={"ids": ids})
-    partial.replace(file)
-    return embeddings
+    return key.hexdigest()
+
+
+def _cached(key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    file = Path(HF_HOME) / "stickerconv" / "vectors" / f"{name}.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        save_file({"embeddings": compute()}, partial)
+        partial.replace(file)
+    return load_file(file)["embeddings"]
 
 
 def load_pipeline(

@@ -132,14 +132,14 @@ def annotate_pack_locally(pack: StickerPack, reference: StickerPack, model_name:
     from transformers import AutoProcessor
 
     from modeling_pegs import PegsModel
-    from pegs.assemble import embed_pack
+    from pegs.assemble import embed_pictures
     from pegs.training.text_states import embed_sentences
 
     wanted = [sticker for sticker in pack.stickers if again or not sticker.emotion or not sticker.description]
     model, processor = PegsModel.from_pretrained(model_name).eval(), AutoProcessor.from_pretrained(model_name)
     known = [sticker for sticker in reference.stickers if sticker.emotion]
-    known_vectors = embed_pack(model, processor, StickerPack(reference.info, known, reference.images))
-    vectors = embed_pack(model, processor, StickerPack(pack.info, wanted, pack.images))
+    known_vectors = embed_pictures(model, processor, reference, known)
+    vectors = embed_pictures(model, processor, pack, wanted)
     prompts = embed_sentences([f"a sticker that shows {emotion}, {emotion}" for emotion in EMOTIONS])
     zero_shot = (vectors @ prompts.T / model.config.retrieval_temperature).softmax(-1)
     nearest = (vectors @ known_vectors.T).topk(NEIGHBOURS)

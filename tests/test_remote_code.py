@@ -26,7 +26,7 @@ model = AutoModel.from_pretrained(path, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 messages = [{"role": "user", "content": [{"type": "text", "text": "My dog died."}, {"type": "image", "path": sys.argv[2]}]}]
 inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-out = model.generate(**inputs, max_new_tokens=5, do_sample=False, sticker_bias=1e4)
+out = model.generate(**inputs, max_new_tokens=5, do_sample=False, sticker_bias=float("inf"), forced_eos_token_id=1)
 stickers = DiffusionPipeline.from_pretrained(path, trust_remote_code=True)
 stickers.set_progress_bar_config(disable=True)
 image = stickers(prompt_embeds=out.sticker_prompt_embeds, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
@@ -63,7 +63,9 @@ def test_model_processor_and_pipeline_load_without_this_package(tmp_path, model,
         }
     ]
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_tensors="pt")
-    here = model.generate(**inputs, max_new_tokens=5, do_sample=False, sticker_bias=1e4)
+    here = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, sticker_bias=float("inf"), forced_eos_token_id=tiny.EOS
+    )
     assert result["ids"] == here.sequences[0].tolist()
     torch.testing.assert_close(torch.tensor(result["queries"]), here.sticker_queries[0], atol=1e-5, rtol=1e-5)
     from PIL import Image

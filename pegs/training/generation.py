@@ -64,11 +64,14 @@ class HiddenStates(Dataset):
 
 
 @torch.no_grad()
-def generation_hidden_states(model: PegsModel, processor: PegsProcessor, dialogues: list[list[dict]]) -> torch.Tensor:
+def generation_hidden_states(
+    model: PegsModel, processor: PegsProcessor, dialogues: list[list[dict]], batch_size: int
+) -> torch.Tensor:
     """Hidden states of the generation tokens of every sticker that an assistant sends, `(S, r - k, d)`, in order."""
     states = []
-    for messages in dialogues:
-        inputs = processor.apply_chat_template([messages], tokenize=True, return_tensors="pt").to(model.device)
+    for start in range(0, len(dialogues), batch_size):
+        chunk = dialogues[start : start + batch_size]
+        inputs = processor.apply_chat_template(chunk, tokenize=True, return_tensors="pt").to(model.device)
         hidden = model(**inputs, logits_to_keep=1).last_hidden_state
         states.append(model.get_img_hidden_states(inputs["input_ids"], hidden)[:, model.config.num_retrieval_tokens :])
     return torch.cat(states)
@@ -96,7 +99,11 @@ def train_generation(args: GenerationArguments) -> None:
     ]
     dialogues = [session_messages(session, pack) for session in sessions]
     dialogues = [d for d, s in zip(dialogues, sessions, strict=True) if any(t.system.sticker for t in s.turns)]
-    hidden = generation_hidden_states(model, processor, dialogues + requests)
+    long, short = (
+        generation_hidden_states(model, processor, dialogues, 4),
+        generation_hidden_states(model, processor, requests, 32),
+    )
+    hidden = torch.cat([long, short])
     states = encode_captions([pack.by_id[i].caption for i in sent] + captions, model.config.prompt_length)
     spread = hidden.std(dim=0, keepdim=True)
     logger.info(

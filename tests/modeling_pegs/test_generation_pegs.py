@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from modeling_pegs.generation_pegs import StickerLogitsProcessor
 from tests.fixtures import tiny
 
 
@@ -10,7 +11,7 @@ def prompts(processor, dialogues):
     )
 
 
-ALWAYS = {"sticker_bias": 1e4, "do_sample": False, "max_new_tokens": 6}
+ALWAYS = {"sticker_bias": torch.inf, "do_sample": False, "max_new_tokens": 6, "forced_eos_token_id": tiny.EOS}
 
 
 def test_the_img_span_is_whole_or_absent(model, processor):
@@ -69,7 +70,7 @@ def test_a_batch_equals_its_singles(model, processor):
 
 def test_a_sticker_never_comes_before_any_text(model, processor):
     inputs = prompts(processor, tiny.dialogue(stickers=False))
-    output = model.generate(**inputs, **{**ALWAYS, "sticker_bias": 1e9})
+    output = model.generate(**inputs, **ALWAYS)
     assert output.sequences[0, inputs["input_ids"].shape[1]] < model.config.first_new_token_id
 
 
@@ -80,6 +81,24 @@ def test_sticker_logit_is_the_unbiased_log_odds(model, processor):
     logits = model(input_ids=output.sequences[:, :text_length]).logits[0, -1]
     expected = logits[model.config.img_token_ids[0]] - logits[model.generation_config.eos_token_id]
     torch.testing.assert_close(output.sticker_logit[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_bias_moves_only_how_a_text_ends():
+    ids = torch.zeros(3, 4, dtype=torch.long)
+    scores = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    scores[2, [1, 2, 6]] = -torch.inf  # as `min_new_tokens` does
+    for bias in (-torch.inf, -3.0, 0.0, 3.0, torch.inf):
+        processor = StickerLogitsProcessor([5, 6, 7, 8], 6, [1, 2], prompt_length=2, bias=bias)
+        before, after = scores.clone(), processor(ids, scores)
+        before[:, [5, 7, 8]] = -torch.inf
+        old, new = before.softmax(-1), after.softmax(-1)
+        torch.testing.assert_close(new[:, [0, 3, 4]], old[:, [0, 3, 4]])
+        over = old[:2, 1] + old[:2, 2] + old[:2, 6]
+        odds = torch.log(old[:2, 6] / (old[:2, 1] + old[:2, 2])) + bias
+        torch.testing.assert_close(new[:2, 6], over * odds.sigmoid())
+        if bias < torch.inf:
+            torch.testing.assert_close(new[:2, 1] / new[:2, 2], old[:2, 1] / old[:2, 2])
+        assert (new[2, [1, 2, 6]] == 0).all() and not after.isnan().any()
 
 
 @pytest.mark.parametrize(
