@@ -51,6 +51,8 @@ class PegsConfig(PreTrainedConfig):
             Size e of the retrieval space (eq. 5).
         retrieval_temperature (`float`, *optional*, defaults to 0.07):
             InfoNCE's tau (eq. 6-7).
+        retrieval_text_encoder (`str`, *optional*):
+            Sentence encoder in whose space the vision tower was trained, if there is one: captions embedded by it lie in the retrieval space too.
         mapper_hidden_size (`int`, *optional*, defaults to 512):
             Width of the feature mapper.
         mapper_num_layers (`int`, *optional*, defaults to 4):
@@ -94,6 +96,7 @@ class PegsConfig(PreTrainedConfig):
         first_new_token_id: int = 32000,
         retrieval_dim: int = 256,
         retrieval_temperature: float = 0.07,
+        retrieval_text_encoder: str | None = None,
         mapper_hidden_size: int = 512,
         mapper_num_layers: int = 4,
         mapper_num_heads: int = 4,
@@ -124,6 +127,7 @@ class PegsConfig(PreTrainedConfig):
         self.first_new_token_id = first_new_token_id
         self.retrieval_dim = retrieval_dim
         self.retrieval_temperature = retrieval_temperature
+        self.retrieval_text_encoder = retrieval_text_encoder
         self.mapper_hidden_size = mapper_hidden_size
         self.mapper_num_layers = mapper_num_layers
         self.mapper_num_heads = mapper_num_heads

@@ -1,8 +1,10 @@
 """Generation of text and, in one pass once `[IMG1]` is chosen, of the whole [IMG] span."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput
 
@@ -31,14 +33,16 @@ class PegsGenerateOutput(ModelOutput):
 
 class StickerLogitsProcessor(LogitsProcessor):
     """
-    Lets `[IMG1]` alone of the added tokens be chosen, not before there is text, and shifts its score.
+    Lets `[IMG1]` alone of the added tokens be chosen, not before there is text, and shifts its odds against the end of the reply.
+
+    What is shifted between the two is the probability that the text is over, so the shift changes how often there is a sticker and never what is said.
 
     Args:
         added_ids (`list[int]`): Ids of all added tokens.
         img1_id (`int`): Id of `[IMG1]`.
         stop_ids (`list[int]`): Ids that end a reply.
         prompt_length (`int`): Length of the prompt.
-        bias (`float`): Added to the score of `[IMG1]`.
+        bias (`float`): Added to the log-odds of `[IMG1]`.
 
     """
 
@@ -55,7 +59,16 @@ class StickerLogitsProcessor(LogitsProcessor):
         if input_ids.shape[1] == self.prompt_length:
             scores[:, [self.img1_id, *self.stop_ids]] = -torch.inf
         else:
-            scores[:, self.img1_id] += self.bias
+            ends = scores[:, self.stop_ids].float()
+            end = ends.logsumexp(dim=-1)
+            over = torch.logaddexp(scores[:, self.img1_id].float(), end)
+            odds = torch.where(over.isinf(), 0.0, scores[:, self.img1_id].float() - end) + self.bias
+            if math.isinf(self.bias):
+                odds = torch.full_like(end, self.bias)  # whatever the scores are
+            no_sticker = (over + F.logsigmoid(-odds)).unsqueeze(1)
+            shares = ends.log_softmax(dim=-1).nan_to_num(nan=0.0)  # an end that may not come yet has no shares
+            scores[:, self.img1_id] = (over + F.logsigmoid(odds)).to(scores.dtype)
+            scores[:, self.stop_ids] = (no_sticker + shares).to(scores.dtype)
         return scores
 
 
@@ -82,9 +95,9 @@ class PegsGenerationMixin:
             input_ids (`torch.Tensor` of shape `(B, T)`): Prompts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 where a token counts.
             pixel_values (`torch.Tensor` of shape `(N, 3, height, width)`, *optional*): Perceived stickers.
-            sticker_bias (`float`, *optional*): Added to the score of `[IMG1]`; positive for more stickers, `-inf` for none, defaults to
-                the generation config's.
-            logits_processor (`LogitsProcessorList`, *optional*): More processors, applied after the sticker's.
+            sticker_bias (`float`, *optional*): Added to the log-odds of `[IMG1]` against the end of the reply; `inf` always sends a sticker, `-inf`
+                never, defaults to the generation config's.
+            logits_processor (`LogitsProcessorList`, *optional*): More processors, applied before the sticker's.
             kwargs: As for `transformers.GenerationMixin.generate`.
 
         Returns:
@@ -108,7 +121,7 @@ class PegsGenerationMixin:
             attention_mask=attention_mask,
             pixel_values=pixel_values,
             eos_token_id=[*stop_ids, img1_id],
-            logits_processor=LogitsProcessorList([sticker_processor, *(logits_processor or [])]),
+            logits_processor=LogitsProcessorList([*(logits_processor or []), sticker_processor]),
             **kwargs,
         )
         new_ids = output.sequences[:, prompt_length:]

@@ -1,5 +1,6 @@
 """PEGS: a language model that perceives stickers and answers with text and a sticker (StickerConv, section 4)."""
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,10 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             language_model = get_peft_model(language_model, LoraConfig(task_type="CAUSAL_LM", **self.config.lora))
         self.language_model = language_model
         if self.generation_config is None or self.generation_config.eos_token_id is None:
-            self.generation_config = language_model.generation_config
+            self.generation_config = copy.deepcopy(language_model.generation_config)
+        self.generation_config._from_model_config = (
+            False  # else settings of PEGS' own, `sticker_bias`, are dropped on load
+        )
 
     @classmethod
     def from_pretrained(

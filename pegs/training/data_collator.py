@@ -1,5 +1,7 @@
 """Batches of dialogues for PEGS."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import BatchFeature
 
@@ -16,7 +18,8 @@ class DataCollatorForPegs:
         config ([`PegsConfig`]): The model's configuration.
         targets ([`StickerTargets`]): Caption states and vision features of the stickers.
         max_length (`int`): Longest sequence. A longer dialogue loses its oldest turns, whole; nothing is cut within a message.
-        generation_prompt (`str`): What opens an assistant message in the chat template.
+        roles (`Sequence[str]`): Whose messages are learnt.
+        opening (`str`): What opens a message in the chat template.
         end_token (`str`): What closes a message.
 
     """
@@ -27,11 +30,13 @@ class DataCollatorForPegs:
         config: PegsConfig,
         targets: StickerTargets,
         max_length: int,
-        generation_prompt: str = "<|im_start|>assistant\n",
+        roles: Sequence[str] = ("assistant",),
+        opening: str = "<|im_start|>{role}\n",
         end_token: str = "<|im_end|>",
     ) -> None:
         self.processor, self.config, self.targets, self.max_length = processor, config, targets, max_length
-        self.prompt_ids = processor.tokenizer.encode(generation_prompt, add_special_tokens=False)
+        encode = processor.tokenizer.encode
+        self.openings = [encode(opening.format(role=role), add_special_tokens=False) for role in roles]
         self.end_id = processor.tokenizer.convert_tokens_to_ids(end_token)
 
     def __call__(self, features: list[dict]) -> BatchFeature:
@@ -86,7 +91,7 @@ class DataCollatorForPegs:
 
     def make_labels(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """
-        Labels of one sequence: the assistant's text, [IMG] tokens and end token; -100 elsewhere, and on perceived stickers.
+        Labels of one sequence: text, [IMG] tokens and end token of the learnt roles; -100 elsewhere, and on perceived stickers.
 
         Args:
             input_ids (`torch.Tensor` of shape `(T,)`): Ids.
@@ -100,10 +105,11 @@ class DataCollatorForPegs:
         ids, length = input_ids.tolist(), int(attention_mask.sum())
         position = 0
         while position < length:
-            if ids[position : position + len(self.prompt_ids)] != self.prompt_ids:
+            opening = next((o for o in self.openings if ids[position : position + len(o)] == o), None)
+            if opening is None:
                 position += 1
                 continue
-            start = position + len(self.prompt_ids)
+            start = position + len(opening)
             end = ids.index(self.end_id, start) + 1
             labels[start:end] = input_ids[start:end]
             position = end

@@ -13,6 +13,15 @@ def session_messages(session: Session, pack: StickerPack) -> list[dict]:
     return messages
 
 
+def text_messages(session: Session) -> list[dict]:
+    """A session as chat messages without its stickers."""
+    messages = []
+    for turn in session.turns:
+        for role, message in (("user", turn.user), ("assistant", turn.system)):
+            messages.append({"role": role, "content": [{"type": "text", "text": message.text}]})
+    return messages
+
+
 def turn_contexts(session: Session, pack: StickerPack) -> list[list[dict]]:
     """For every System turn, all messages before it (section 6)."""
     messages = session_messages(session, pack)

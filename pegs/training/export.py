@@ -46,9 +46,7 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
     pipeline = StickerPipeline.from_pretrained(decoder, dtype=torch.float16)
     pipeline.save_pretrained(folder)
     model, processor = PegsModel.from_pretrained(language), PegsProcessor.from_pretrained(language)
-    model.generation_config.update(
-        do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.1, max_new_tokens=64
-    )
+    model.generation_config.update(do_sample=True, temperature=0.4, top_p=0.9, max_new_tokens=64)
     model.generation_config.max_length = None
     golds = [turn.system.sticker is not None for session in sessions for turn in session.turns]
     contexts = [context for session in sessions for context in turn_contexts(session, pack)]

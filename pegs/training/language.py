@@ -2,17 +2,19 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack
 from modeling_pegs import PegsModel, PegsProcessor
 from modeling_pegs.modeling_pegs import ADAPTER_FOLDER
 from pegs.training.data_collator import DataCollatorForPegs
-from pegs.training.dialogues import caption_dialogues, request_dialogues, session_messages
+from pegs.training.dialogues import caption_dialogues, request_dialogues, session_messages, text_messages
 from pegs.training.targets import StickerTargets
 
 
@@ -26,7 +28,8 @@ class LanguageArguments:
     Parameters of the language stages.
 
     Args:
-        data (`str`): `"captions"` (perception), `"requests"` (sticker output) or `"sessions"` (joint learning).
+        data (`str`): `"captions"` (perception), `"requests"` (sticker output), `"texts"` (what both sides of the sessions say) or `"sessions"` (joint
+            learning).
         init_from (`str`): Checkpoint that the stage starts from.
         output_dir (`str`): Where the trained checkpoint goes.
         trainable (`list[str]`): Prefixes of the parameters to train; all others stay frozen.
@@ -62,7 +65,8 @@ class PegsTrainer(Trainer):
         outputs = model(**inputs)
         for name in ("lm_loss", "retrieval_loss", "generation_loss"):
             if outputs.get(name) is not None:
-                self.parts.setdefault(name, []).append(outputs[name].item())
+                name_of_kind = name if model.training else f"eval_{name}"
+                self.parts.setdefault(name_of_kind, []).append(outputs[name].item())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -95,15 +99,20 @@ def train_language(args: LanguageArguments) -> None:
         setattr(model.config, f"{name}_loss_weight", float(args.loss_weights.get(name, 1.0)))
     pack = cached_pack()
     stickers = pack.split("train")
+    held_out: list[list[dict]] = []
     match args.data:
         case "captions":
             dialogues = caption_dialogues(stickers, pack)
         case "requests":
             dialogues = request_dialogues(stickers, pack)
+        case "texts":
+            dialogues = [text_messages(session) for session in load_mini("train")]
+            held_out = [text_messages(session) for session in load_mini("validation")]
         case "sessions":
             dialogues = [session_messages(session, pack) for session in load_mini("train")]
+            held_out = [session_messages(session, pack) for session in load_mini("validation")]
         case other:
-            raise ValueError(f"`data` must be captions, requests or sessions, got {other!r}.")
+            raise ValueError(f"`data` must be captions, requests, texts or sessions, got {other!r}.")
     targets = StickerTargets(pack, [sticker.id for sticker in stickers], model, processor)
     freeze_except(model, args.trainable)
     training_args = TrainingArguments(
@@ -114,8 +123,11 @@ def train_language(args: LanguageArguments) -> None:
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
         lr_scheduler_type="cosine",
+        eval_strategy="epoch" if held_out else "no",
+        prediction_loss_only=True,
         **args.trainer,
     )
+    roles = ("user", "assistant") if args.data == "texts" else ("assistant",)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in trained if ".lora_" in name], "lr": args.lora_learning_rate},
@@ -127,10 +139,12 @@ def train_language(args: LanguageArguments) -> None:
         args=training_args,
         optimizers=(optimizer, None),
         train_dataset=[{"messages": messages} for messages in dialogues],
-        data_collator=DataCollatorForPegs(processor, model.config, targets, args.max_length),
+        eval_dataset=[{"messages": messages} for messages in held_out] or None,
+        data_collator=DataCollatorForPegs(processor, model.config, targets, args.max_length, roles),
         callbacks=[LogLine()],
     )
-    trainer.train()
+    begun = Path(training_args.output_dir).is_dir()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if begun else None)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 
