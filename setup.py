@@ -62,6 +62,8 @@ setup(
         ],
         # Sticker packs from pictures and messengers' exports.
         "stickers": ["av>=18", "emoji>=2.15", "resvg-py>=0.5", "rlottie-python>=1.3.8"],
+        # Figures of a dataset's card.
+        "dataset": ["matplotlib>=3.10", "wordcloud>=1.9.6"],
         "eval": ["nltk>=3.9", "rouge-score>=0.1.2"],
         "train": ["tensorboard>=2.20"],
         "ray": ["ray>=2.50"],
@@ -73,6 +75,7 @@ setup(
             "pytest>=9",
             "pytest-xdist>=3.8",
             "ruff>=0.14",
+            "stickerconv[dataset]",
             "types-PyYAML",
         ],
     },

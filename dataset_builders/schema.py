@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 Emotion = Literal["anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise"]
-EMOTIONS: tuple[str, ...] = get_args(Emotion)  # SER30K's labels, in its order
+EMOTIONS: tuple[Emotion, ...] = get_args(Emotion)  # SER30K's labels, in its order
 
 Intention = Literal["emotional expression", "enhancing empathy", "reaction intensity"]
 Split = Literal["train", "validation", "test"]
@@ -106,7 +106,7 @@ class Usage(Record):
 
 
 class Session(Record):
-    """A dialogue session (section 3.7)."""
+    """A dialogue session (section 3.7). `no_sticker` flags one that neither side sent a sticker in: it stays, so that rates are honest."""
 
     session_id: str
     split: Split
@@ -114,5 +114,6 @@ class Session(Record):
     profile: Profile
     turns: tuple[Turn, ...] = Field(min_length=1)
     ended_by: Literal["closure", "max_turns", "repetition"]
+    no_sticker: bool = False
     generator: Generator
     usage: Usage = Usage()

@@ -1,11 +1,11 @@
 """Cards: a Jinja template filled with a run's own numbers."""
 
-from importlib import resources
+from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
-def render_card(name: str, **values: object) -> str:
+def render_card(name: str, /, **values: object) -> str:
     """
     Fill a card's template.
 
@@ -20,8 +20,22 @@ def render_card(name: str, **values: object) -> str:
         jinja2.UndefinedError: If a value is missing.
 
     """
-    source = resources.files("hub_cards").joinpath(f"{name}.md.jinja").read_text("utf-8")
+    return render(f"{name}.md.jinja", **values)
+
+
+def render(template: str, /, **values: object) -> str:
+    """Fill a template of this folder; raises like [`render_card`]."""
     environment = Environment(
-        undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.from_string(source).render(**values)
+    return environment.get_template(template).render(**values)
+
+
+def size_category(count: int) -> str:
+    """The Hub's word for how many rows a dataset has."""
+    bounds = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (float("inf"), "1M<n<10M"))
+    return next(name for most, name in bounds if count < most)

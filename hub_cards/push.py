@@ -7,14 +7,21 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from dataset_builders.schema import EMOTIONS
+from dataset_builders.stickerconv.build import DatasetFolder
 from dataset_builders.stickers.export import check_licence
 from dataset_builders.stickers.pack import StickerPack
 from dataset_builders.stickers.sheet import contact_sheet
-from hub_cards.cards import render_card
+from hub_cards.cards import render_card, size_category
+from hub_cards.checkpoints import CardOptions, Kind, KindError, checkpoint_card, kind_of, own_card
+from hub_cards.dataset import STATISTICS_FILE, describe_dataset, write_dataset_card
+from hub_cards.licences import hub_licence, require_free
 
 
 PACK_FILES = ("pack.yaml", "stickers.parquet", "databases.parquet", "embeddings.safetensors")
-HUB_LICENCES = ("cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-sa-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit", "apache-2.0", "unlicense", "pddl")  # fmt: skip
+REPO_TYPES: dict[Kind, str] = {"dataset": "dataset", "pack": "dataset", "space": "space"}  # everything else is a model
+CARD_COMMANDS = {"space": "card --space", "pack": "stickers publish"}
+# What a training leaves beside its result, and files that would be unpickled.
+IGNORED = ["trainer/**", "checkpoint-*/**", "state/**", "runs/**", "done", "emissions.csv", ".*", "**/.*", "*.pt", "*.pth", "*.bin", "*.pkl", "*.ckpt"]  # fmt: skip
 SHOWN = 40
 
 
@@ -22,20 +29,111 @@ def sticker_pack_card(pack: StickerPack, repo_id: str) -> str:
     """The card of a pack, from its own numbers."""
     count = len(pack.stickers)
     counts: Counter[str] = Counter(sticker.emotion or "not annotated" for sticker in pack.stickers)
-    licence = pack.info.licence.lower().replace(" ", "-")
     return render_card(
         "sticker_pack_card",
         info=pack.info,
         repo_id=repo_id,
-        hub_licence=licence if licence in HUB_LICENCES else "other",
+        hub_licence=hub_licence(pack.info.licence),
         count=count,
-        size_category=next(name for most, name in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (float("inf"), "1M<n<10M")) if count < most),
+        size_category=size_category(count),
         animated=sum(sticker.animated for sticker in pack.stickers),
         databases=pack.num_databases,
         emotions={name: counts[name] for name in (*EMOTIONS, "not annotated") if counts[name]},
         annotators=dict(Counter(sticker.annotated_by or "nobody" for sticker in pack.stickers).most_common()),
         other_licences=sorted({sticker.licence for sticker in pack.stickers if sticker.licence}),
-    )  # fmt: skip
+    )
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    have_rights: bool = False,
+    tag: str = "",
+    options: CardOptions | None = None,
+) -> str:
+    """
+    Publish what a folder holds: a model, processor, pipeline, adapter, Space, dataset or sticker pack, with its card, as one commit.
+
+    What was uploaded by a call that was cut short is not sent again.
+
+    Args:
+        folder (`Path`): What to publish (see [`kind_of`]).
+        repo_id (`str`): `user/name`; made if needed.
+        private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
+        have_rights (`bool`, *optional*, defaults to `False`): Publish although a licence does not say that one may.
+        tag (`str`, *optional*): Name for this commit, to load it by as `revision=`.
+        options ([`CardOptions`], *optional*): For the card of a checkpoint that has none.
+
+    Returns:
+        `str`: Address of the commit.
+
+    Raises:
+        KindError: If the folder holds nothing that can be published.
+        LicenceError: If a licence forbids it, or is not known to allow it.
+
+    """
+    kind = kind_of(folder)
+    if kind == "pack":
+        url = push_sticker_pack(folder, repo_id, private, have_rights)
+    else:
+        url = _push_files(folder, kind, repo_id, private, have_rights, options or CardOptions())
+    if tag:
+        commit, repo_type = url.rpartition("/")[2], REPO_TYPES.get(kind, "model")
+        HfApi().create_tag(repo_id, tag=tag, revision=commit, repo_type=repo_type)
+    return url
+
+
+def _push_files(folder: Path, kind: Kind, repo_id: str, private: bool, have_rights: bool, options: CardOptions) -> str:
+    require_free(licences_of(folder, options), have_rights)
+    if kind == "dataset" or own_card(folder) is None:
+        write_card(folder, repo_id, options)
+    api, repo_type = HfApi(), REPO_TYPES.get(kind, "model")
+    sdk = "gradio" if kind == "space" else None
+    api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        repo_type=repo_type,
+        commit_message=f"{kind.title()} {folder.absolute().name}",
+        ignore_patterns=IGNORED,
+        delete_patterns=["*.parquet"] if kind == "dataset" else None,  # of a split that is gone
+    )
+    return commit.commit_url
+
+
+def licences_of(folder: Path, options: CardOptions) -> dict[str, str]:
+    """The licences of what is in a folder, by what they cover: what its own card says, or the options."""
+    kind = kind_of(folder)
+    if kind == "dataset":
+        return DatasetFolder.load(folder).licences
+    card = own_card(folder)
+    licence = card.data.get("license_name") or card.data.get("license") if card else options.licence
+    return {f"the {kind}": str(licence or "not told")}
+
+
+def write_card(folder: Path, repo_id: str, options: CardOptions) -> None:
+    """
+    Write a folder's `README.md` from its own numbers.
+
+    Args:
+        folder (`Path`): A dataset, model, pipeline, adapter or processor.
+        repo_id (`str`): Where it will be; the folder's own name if it is empty.
+        options ([`CardOptions`]): What a checkpoint's folder cannot tell.
+
+    Raises:
+        KindError: If the folder holds something else.
+
+    """
+    kind = kind_of(folder)
+    if kind in ("space", "pack"):
+        raise KindError(f"{folder}: the card of a {kind} is written with it: `pegs {CARD_COMMANDS[kind]}`.")
+    if kind != "dataset":
+        (folder / "README.md").write_text(checkpoint_card(folder, repo_id or folder.absolute().name, options), "utf-8")
+        return
+    if not (folder / STATISTICS_FILE).is_file():
+        describe_dataset(folder)
+    write_dataset_card(folder, repo_id)
 
 
 def push_sticker_pack(folder: Path, repo_id: str, private: bool = False, have_rights: bool = False) -> str:

@@ -255,18 +255,12 @@ def stickers_publish(
     as_json: JsonOption = False,
 ) -> None:
     """Publish a pack as a dataset on the Hub, with its card."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    from dataset_builders.stickers.export import LicenceError
     from hub_cards.push import push_sticker_pack
+    from pegs.cli_hub import hub_errors
 
     open_pack(pack)
-    try:
+    with hub_errors(pack, repo_id):
         url = push_sticker_pack(pack, repo_id, private, i_have_rights)
-    except LicenceError as error:
-        raise InputError(f"{pack}: {error}; if you hold the rights, say --i-have-rights.") from error
-    except HfHubHTTPError as error:
-        raise InputError(f"{repo_id}: {str(error).splitlines()[0]}") from error
     report({"url": url}, as_json, ("url",))
 
 

@@ -1,6 +1,5 @@
 """Dialogue sessions as JSON Lines, and StickerConv-mini, the sessions that ship with the project."""
 
-import json
 import os
 from collections.abc import Iterable
 from importlib import resources
@@ -9,6 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dataset_builders.schema import Session, Split
+
+
+MINI = Path(str(resources.files("dataset_builders.stickerconv").joinpath("mini.jsonl")))
 
 
 class SessionError(ValueError):
@@ -29,26 +31,49 @@ def read_sessions(path: str | os.PathLike) -> list[Session]:
         SessionError: On the first line that is no session.
 
     """
-    return parse_sessions(Path(path).read_text("utf-8").splitlines(), str(path))
+    return parse_sessions(Path(path).read_bytes().split(b"\n"), str(path))
 
 
-def parse_sessions(lines: Iterable[str], name: str) -> list[Session]:
+def parse_sessions(lines: Iterable[str | bytes], name: str) -> list[Session]:
     """Sessions of JSON lines; `name` stands for the file in errors."""
     sessions = []
     for number, line in enumerate(lines, start=1):
-        try:
-            sessions.append(Session.model_validate(json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise SessionError(f"{name}:{number}: not JSON ({error}).") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise SessionError(f"{name}:{number}: {field}: {first['msg']}.") from None
+        if line.strip():
+            try:
+                sessions.append(parse_session(line))
+            except SessionError as error:
+                raise SessionError(f"{name}:{number}: {error}") from None
     return sessions
+
+
+def parse_session(line: str | bytes) -> Session:
+    """
+    One session of JSON.
+
+    Raises:
+        SessionError: If it is none, naming the field.
+
+    """
+    try:
+        session = Session.model_validate_json(line)
+    except ValidationError as error:
+        raise SessionError(describe(error)) from None
+    for position, turn in enumerate(session.turns, start=1):
+        if turn.turn != position:
+            raise SessionError(
+                f"turns.{position - 1}.turn: expected {position}, got {turn.turn}: the roles do not alternate."
+            )
+    return session
+
+
+def describe(error: ValidationError) -> str:
+    """The first thing that is wrong, with its field."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"not JSON ({first['ctx']['error']})."
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}."
 
 
 def load_mini(split: Split | None = None) -> list[Session]:
     """StickerConv-mini: sessions written by the project's authors, all of them or one split's."""
-    file = resources.files("dataset_builders.stickerconv").joinpath("mini.jsonl")
-    sessions = parse_sessions(file.read_text("utf-8").splitlines(), "mini.jsonl")
-    return [session for session in sessions if split in (None, session.split)]
+    return [session for session in read_sessions(MINI) if split in (None, session.split)]

@@ -141,9 +141,14 @@ def find_drawings() -> Iterator[Found]:
 
 
 @lru_cache(maxsize=1)
-def cached_pack() -> StickerPack:
-    """The `openmoji` pack from the cache (`$HF_HOME/stickerconv`), built there on first use."""
+def cached_folder() -> Path:
+    """Folder of the `openmoji` pack in the cache (`$HF_HOME/stickerconv`), built there on first use."""
     folder = Path(HF_HOME) / "stickerconv" / f"openmoji-{PACK_VERSION}"
     if not (folder / "pack.yaml").is_file():
         build_pack().save(folder)
-    return StickerPack.load(folder)
+    return folder
+
+
+def cached_pack() -> StickerPack:
+    """The `openmoji` pack from the cache."""
+    return StickerPack.load(cached_folder())

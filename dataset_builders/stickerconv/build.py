@@ -1,0 +1,257 @@
+"""The dataset as a folder in Hub layout: parquet for each configuration and split, and `dataset.yaml`, which says where it comes from."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from datasets import DatasetInfo, Features, SplitDict, SplitInfo
+from datasets.info import DatasetInfosDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCardData
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dataset_builders.stickerconv.features import FEATURES, turn_rows
+from dataset_builders.stickerconv.inputs import SplitCheck, known_stickers, open_pack, read_rows, sticker_rows
+from dataset_builders.stickerconv.sessions import SessionError, describe
+from dataset_builders.stickerconv.sources import SPLITS, Format, Source, find_sources, split_into_shards
+from dataset_builders.stickers import ser30k
+from dataset_builders.stickers.pack import ROWS_A_GROUP, StickerPack
+
+
+INFO_FILE = "dataset.yaml"
+CONFIGS = ("sessions", "turns", "stickers")
+ROWS = 1000  # rows a row group; stickers have their pictures with them and fewer
+# What the sets' own pages say; neither is ours to change.
+RELEASED = {
+    "released": ("apache-2.0", "StickerConv (Zhang et al., arXiv:2402.01679)"),
+    "mod": ("research only, not to be distributed", "MOD (Fei et al., DSTC10 track 1)"),
+}
+
+
+class SplitSize(BaseModel):
+    """How much one split of one configuration holds; `num_bytes` is its size in memory, `file_bytes` on disk."""
+
+    rows: int
+    num_bytes: int
+    file_bytes: int
+
+
+class DatasetFolder(BaseModel):
+    """
+    What `dataset.yaml` says.
+
+    `licences` maps what is covered to its licence, `sizes` configurations to their splits, `left_out` counts the rows that were wrong.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    language: str
+    sources: list[str]
+    licences: dict[str, str]
+    attribution: list[str]
+    left_out: int
+    sizes: dict[str, dict[str, SplitSize]]
+
+    @classmethod
+    def load(cls, folder: Path) -> "DatasetFolder":
+        """
+        Open a built dataset.
+
+        Raises:
+            SessionError: If `folder` holds none, or a broken one.
+
+        """
+        try:
+            return cls.model_validate(yaml.safe_load((folder / INFO_FILE).read_text("utf-8")))
+        except OSError:
+            raise SessionError(
+                f"{folder}: no dataset, it has no {INFO_FILE}; `pegs dataset build` makes one."
+            ) from None
+        except ValidationError as error:
+            raise SessionError(f"{folder / INFO_FILE}: {describe(error)}") from None
+
+    def save(self, folder: Path) -> None:
+        """Write `dataset.yaml`."""
+        text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        (folder / INFO_FILE).write_text(text, "utf-8")
+
+
+def card_data(info: DatasetFolder) -> DatasetCardData:
+    """What the card's front matter says of configurations and splits: with it and the parquet files, `load_dataset` needs no code."""
+    data = DatasetCardData(pretty_name=info.name)
+    configs, infos = MetadataConfigs(), DatasetInfosDict()
+    for config, sizes in info.sizes.items():
+        files = [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in sizes]
+        configs[config] = {"data_files": files} | ({"default": True} if config == CONFIGS[0] else {})
+        infos[config] = DatasetInfo(
+            features=FEATURES[config],
+            splits=SplitDict({n: SplitInfo(n, size.num_bytes, size.rows) for n, size in sizes.items()}),
+            download_size=sum(size.file_bytes for size in sizes.values()),
+            dataset_size=sum(size.num_bytes for size in sizes.values()),
+        )
+    configs.to_dataset_card_data(data)
+    infos.to_dataset_card_data(data)
+    return data
+
+
+class SplitWriter:
+    """
+    One configuration's parquet files, a split each, written a row group at a time.
+
+    Args:
+        folder (`Path`): Where they go.
+        features (`Features`): The columns.
+        rows (`int`, *optional*, defaults to 1000): Rows a row group.
+
+    """
+
+    def __init__(self, folder: Path, features: Features, rows: int = ROWS) -> None:
+        self.folder, self.schema, self.rows = folder, features.arrow_schema, rows
+        self.waiting: dict[str, list[dict]] = {}
+        self.writers: dict[str, pq.ParquetWriter] = {}
+        self.sizes: dict[str, SplitSize] = {}
+        folder.mkdir(parents=True)
+
+    def add(self, split: str, rows: Iterable[dict]) -> None:
+        """Add rows to a split."""
+        waiting = self.waiting.setdefault(split, [])
+        waiting.extend(rows)
+        if len(waiting) >= self.rows:
+            self._write(split)
+
+    def _write(self, split: str) -> None:
+        table = pa.Table.from_pylist(self.waiting.pop(split), self.schema)
+        if split not in self.writers:
+            file = self._file(split)
+            self.writers[split] = pq.ParquetWriter(file, self.schema, compression="zstd", write_page_index=True)
+            self.sizes[split] = SplitSize(rows=0, num_bytes=0, file_bytes=0)
+        self.writers[split].write_table(table)
+        self.sizes[split].rows += len(table)
+        self.sizes[split].num_bytes += table.nbytes
+
+    def _file(self, split: str) -> Path:
+        return self.folder / f"{split}-00000-of-00001.parquet"
+
+    def close(self) -> dict[str, SplitSize]:
+        """Finish the files; returns the size of each split, in the usual order."""
+        for split in [split for split, rows in self.waiting.items() if rows]:
+            self._write(split)
+        for split, writer in self.writers.items():
+            writer.close()
+            self.sizes[split].file_bytes = self._file(split).stat().st_size
+        return {split: self.sizes[split] for split in SPLITS if split in self.sizes}
+
+
+def build_dataset(
+    paths: Sequence[str | Path],
+    out: Path,
+    stickers: str = "openmoji",
+    images: str | None = None,
+    licence: str = "",
+    language: str = "",
+    skip_bad: bool = False,
+    on_row: Callable[[int], object] = lambda count: None,
+) -> tuple[DatasetFolder, list[str]]:
+    """
+    Build the dataset. Rows are read, checked and written one after the other, so memory does not grow with them; `out` is whole or as it was before.
+
+    Args:
+        paths (`Sequence[str | Path]`): Run folders, files, or `mini` (see [`find_sources`]).
+        out (`Path`): Folder to write: new, empty, or an earlier build.
+        stickers (`str`, *optional*, defaults to `"openmoji"`): The pack that the sessions use: `openmoji` or a folder.
+        images (`str`, *optional*): For the released StickerConv, an SER30K tree with its pictures.
+        licence (`str`, *optional*): Of the dialogues; that of the pack, or of the released set, if none is given.
+        language (`str`, *optional*): Of the dialogues, as ISO 639 code; English, and Chinese for MOD, if not given.
+        skip_bad (`bool`, *optional*, defaults to `False`): Leave rows that are wrong out instead of stopping.
+        on_row (`Callable`, *optional*): Called after every session with how many there are so far.
+
+    Returns:
+        `tuple[DatasetFolder, list[str]]`: What was built, and what was wrong with the rows that were left out.
+
+    Raises:
+        SessionError: If a row is wrong, no row is left, a test sticker is used in training, or `out` holds something else.
+        FileNotFoundError: If `stickers` is no pack.
+        PackError: If it is a broken one.
+
+    """
+    if out.exists() and not (out.is_dir() and ((out / INFO_FILE).is_file() or not any(out.iterdir()))):
+        raise SessionError(f"{out}: holds something else than a dataset; give an empty or new folder.")
+    sources = find_sources(paths)
+    bad: list[str] | None = [] if skip_bad else None
+    pack = open_pack(stickers) if sources[0].format == "sessions" else None
+    partial = out.absolute().with_name(f".{out.name}.{os.getpid()}")
+    try:
+        sizes = _write_dialogues(sources, pack, partial, bad, on_row)
+        sizes["stickers"] = _write_stickers(sources, pack, partial, images)
+        licences, attribution = _origin(sources[0].format, pack, images)
+        info = DatasetFolder(
+            name=out.absolute().name,
+            language=language or ("zh" if sources[0].format == "mod" else "en"),
+            sources=["/".join(source.file.absolute().parts[-2:]) for source in sources],
+            licences=licences | ({"the dialogues": licence} if licence else {}),
+            attribution=attribution,
+            left_out=len(bad or ()),
+            sizes=sizes,
+        )
+        info.save(partial)
+        (partial / "README.md").write_text(f"---\n{card_data(info).to_yaml()}\n---\n# {info.name}\n", "utf-8")
+        _replace(out, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return info, bad or []
+
+
+def _write_dialogues(
+    sources: list[Source],
+    pack: StickerPack | None,
+    folder: Path,
+    bad: list[str] | None,
+    on_row: Callable[[int], object],
+) -> dict[str, dict[str, SplitSize]]:
+    known = known_stickers(pack) if pack is not None else None
+    sessions, turns = (SplitWriter(folder / name, FEATURES[name]) for name in ("sessions", "turns"))
+    splits, count = SplitCheck(), 0
+    for count, row in enumerate(read_rows(split_into_shards(sources, 1), known, bad), start=1):
+        splits.add(row)
+        sessions.add(row["split"], [row])
+        turns.add(row["split"], turn_rows(row))
+        on_row(count)
+    if not count:
+        raise SessionError(f"{sources[0].file}: no session" + (f" that is right, e.g. {bad[0]}" if bad else "."))
+    splits.check()
+    return {"sessions": sessions.close(), "turns": turns.close()}
+
+
+def _write_stickers(
+    sources: list[Source], pack: StickerPack | None, folder: Path, images: str | None
+) -> dict[str, SplitSize]:
+    writer = SplitWriter(folder / "stickers", FEATURES["stickers"], ROWS_A_GROUP)
+    for is_test, row in sticker_rows(sources, pack, images):
+        writer.add("test" if is_test else "train", [row])
+    return writer.close()
+
+
+def _origin(found: Format, pack: StickerPack | None, images: str | None) -> tuple[dict[str, str], list[str]]:
+    """Licences by what they cover, and lines to show."""
+    if pack is None:
+        licence, attribution = RELEASED[found]
+        pictures = {"the stickers": ser30k.INFO.licence} if images else {}
+        return {"the dialogues": licence} | pictures, [attribution, *([ser30k.INFO.attribution] if images else [])]
+    own = {sticker.licence: f"sticker {sticker.id}" for sticker in reversed(pack.stickers) if sticker.licence}
+    licences = {"the dialogues": pack.info.licence, "the stickers": pack.info.licence}
+    return licences | {name: licence for licence, name in own.items()}, [pack.info.attribution]
+
+
+def _replace(out: Path, built: Path) -> None:
+    """Put a build in the place of an earlier one; files that are not the build's stay."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (INFO_FILE, "README.md", "statistics.json", "assets", *CONFIGS):
+        old = out / name
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    for path in built.iterdir():
+        path.rename(out / path.name)

@@ -1,0 +1,31 @@
+"""A Space that chats with a published model."""
+
+from pathlib import Path
+
+from huggingface_hub import SpaceCardData
+
+from hub_cards.cards import render, render_card
+
+
+REQUIREMENTS = "stickerconv[chat] @ git+https://github.com/stickerconv/stickerconv\n"
+
+
+def write_space(folder: Path, model: str, stickers: str = "openmoji", variant: str = "ret") -> None:
+    """
+    Write a Space's files: `app.py`, `requirements.txt` and its card.
+
+    Args:
+        folder (`Path`): Where; made if needed.
+        model (`str`): Hub id of the model that it chats with.
+        stickers (`str`, *optional*, defaults to `"openmoji"`): Name or Hub id of the pack.
+        variant (`str`, *optional*, defaults to `"ret"`): Which variant is chosen at first.
+
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"Chat with {model.rpartition('/')[2]}"
+    data = SpaceCardData(title=title, sdk="gradio", app_file="app.py", license="apache-2.0", models=[model], tags=["pegs", "stickers"])  # fmt: skip
+    values = {"model": model, "stickers": stickers, "variant": variant}
+    (folder / "app.py").write_text(render("space_app.py.jinja", **values), "utf-8")
+    (folder / "requirements.txt").write_text(REQUIREMENTS, "utf-8")
+    card = render_card("space_card", front_matter=data.to_yaml(), title=title, **values)
+    (folder / "README.md").write_text(card, "utf-8")

@@ -1,0 +1,84 @@
+"""Cards say what the folder holds, and what was measured."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from dataset_builders.stickers.export import LicenceError
+from hub_cards.checkpoints import CardOptions, KindError, checkpoint_card, kind_of, own_card
+from hub_cards.licences import hub_licence, licence_fields, require_free
+from hub_cards.push import licences_of, write_card
+from hub_cards.space import write_space
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "pegs", "num_query_tokens": 4, "language_model": {"hub_id": "ines/llama"}}))  # fmt: skip
+    (tmp_path / "processor_config.json").write_text("{}")
+    state = {"global_step": 168, "epoch": 4.0, "log_history": [{"loss": 3.0}, {"loss": 2.5}, {"eval_loss": 2.7}]}
+    for name, change in (("checkpoint-1", {"global_step": 1}), ("checkpoint-168", {})):
+        (tmp_path / "trainer" / name).mkdir(parents=True)
+        (tmp_path / "trainer" / name / "trainer_state.json").write_text(json.dumps(state | change))
+    (tmp_path / "figures.json").write_text(json.dumps({"model": "x", "perplexity": {"pegs": 29.1, "bare": 51.2}}))
+    (tmp_path / "emissions.csv").write_text("timestamp,emissions\na,0.0125\nb,0.0005\n")
+    (tmp_path / "joint.yaml").write_text("stage: joint\n")
+    return tmp_path
+
+
+def test_a_checkpoints_card_has_the_runs_own_numbers(checkpoint):
+    options = CardOptions(licence="mit", config=checkpoint / "joint.yaml", data=("ines/stickerconv",))
+    text = checkpoint_card(checkpoint, "ines/pegs", options)
+    data = ModelCard(text).data
+    assert (data.license, data.library_name, data.base_model, data.datasets) == ("mit", "transformers", "ines/llama", ["ines/stickerconv"])  # fmt: skip
+    assert data.co2_eq_emissions == {"emissions": 13.0, "source": "codecarbon"}
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {"perplexity.pegs": 29.1, "perplexity.bare": 51.2}  # fmt: skip
+    for line in ("| steps | 168 |", "| loss | 2.5 |", "| eval_loss | 2.7 |", "stage: joint", "| num_query_tokens | 4 |", "| perplexity.bare | 51.2 |", "13.0 g CO2"):  # fmt: skip
+        assert line in text, line
+    assert 'AutoProcessor.from_pretrained("ines/pegs"' in text and "DiffusionPipeline" not in text
+    assert "manipulate" in text and "NSFW" in text
+
+
+def test_a_bare_checkpoints_card_leaves_out_what_nobody_measured(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    text = checkpoint_card(tmp_path, "ines/decoder", CardOptions())
+    assert not [title for title in ("## Training", "## Figures", "## Configuration", "Carbon") if title in text]
+    assert "DiffusionPipeline.from_pretrained" in text and "AutoModel" not in text
+    (tmp_path / "figures.json").write_text("{")
+    with pytest.raises(ValueError, match="figures.json: not JSON"):
+        checkpoint_card(tmp_path, "ines/decoder", CardOptions())
+
+
+def test_a_card_that_somebody_wrote_is_kept_and_boilerplate_is_not(checkpoint):
+    readme = checkpoint / "README.md"
+    readme.write_text("---\nlicense: other\nlicense_name: mine\n---\nWritten by hand.")
+    assert own_card(checkpoint).content.endswith("Written by hand.")
+    assert licences_of(checkpoint, CardOptions()) == {"the model": "mine"}
+    readme.write_text("---\nlicense: mit\n---\n[More Information Needed]")
+    assert own_card(checkpoint) is None and licences_of(checkpoint, CardOptions()) == {"the model": "apache-2.0"}
+    write_card(checkpoint, "", CardOptions())
+    assert readme.read_text().count(f"# {checkpoint.name}\n") == 1
+
+
+def test_kinds(tmp_path):
+    with pytest.raises(KindError, match="expected one of dataset.yaml, pack.yaml"):
+        kind_of(tmp_path)
+    write_space(tmp_path / "space", "ines/pegs", "ines/cats", "rag")
+    assert kind_of(tmp_path / "space") == "space"
+    assert '"ines/pegs", "ines/cats"), "rag"' in (tmp_path / "space" / "app.py").read_text()
+    front = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])
+    assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", ["ines/pegs"])
+    with pytest.raises(KindError, match="`pegs card --space`"):
+        write_card(tmp_path / "space", "", CardOptions())
+
+
+def test_licences():
+    assert hub_licence("CC BY-SA 4.0") == "cc-by-sa-4.0" and hub_licence("mine") == "other"
+    assert licence_fields({"a": "MIT", "b": "MIT"}) == {"license": "mit"}
+    assert licence_fields({"a": "MIT", "b": "CC0-1.0"}) == {"license": "other", "license_name": "CC0-1.0; MIT"}
+    require_free({"a": "MIT", "b": "CC-BY-SA-4.0", "c": "apache-2.0"}, have_rights=False)
+    for closed in ("other", "unknown", "CC-BY-NC-ND-4.0", "research only, not to be distributed", ""):
+        with pytest.raises(LicenceError, match="the licence of it is"):
+            require_free({"it": closed}, have_rights=False)
+        require_free({"it": closed}, have_rights=True)
