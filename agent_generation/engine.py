@@ -2,20 +2,33 @@
 
 import asyncio
 import hashlib
+import json
 import sqlite3
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from agent_generation.llm import LLM, AnswerError, ModelError, Reply, Request
 
 
-Steps = Generator[Sequence[Request], list[Any], dict]
+@dataclass(frozen=True)
+class Embedding:
+    """A request for vectors of texts: computed here, so neither journaled nor paid; the answer has shape `(len(texts), d)`."""
+
+    texts: tuple[str, ...]
+
+
+Steps = Generator[Sequence[Request | Embedding], list[Any], dict]
 """
 A task as a pure state machine: it yields requests that may be asked at once, takes their answers in the same order (an [`AnswerError`] in place
 of one that failed), and returns its result. It must draw nothing but what its own seed gives, so that it can be run again from the journal.
 """
+
+Encode = Callable[[Sequence[str]], np.ndarray]
 
 
 class BudgetError(RuntimeError):
@@ -48,13 +61,24 @@ class Progress:
     cost_usd: float = 0.0
 
 
+@dataclass
+class Spent:
+    """What a task has used, answers from the journal included, and how many answers it could not use."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    unusable: int = 0
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended: its result, or why it failed."""
+    """How a task ended: its result, or why it failed; and what it used."""
 
     task: str
     result: dict | None
     failed: str | None = None
+    spent: Spent = field(default_factory=Spent)
 
 
 def needed(answer: Any) -> Any:
@@ -87,6 +111,9 @@ class Journal:
             "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, digest TEXT, text TEXT, model TEXT,"
             " prompt_tokens INTEGER, completion_tokens INTEGER, complete INTEGER) WITHOUT ROWID"
         )
+        self.connection.execute(
+            "CREATE TABLE IF NOT EXISTS outcomes (task TEXT PRIMARY KEY, result TEXT, failed TEXT, spent TEXT)"
+        )
 
     def find(self, key: str, digest: str) -> Reply | None:
         """The answer to the request of this key, if what was asked is the same."""
@@ -102,6 +129,31 @@ class Journal:
             "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
             (key, digest, reply.text, reply.model, reply.prompt_tokens, reply.completion_tokens, reply.complete),
         )
+
+    def finish(self, outcome: Outcome) -> None:
+        """Keep how a task ended; its answers are not needed any more if it ended well."""
+        row = (
+            outcome.task,
+            json.dumps(outcome.result, ensure_ascii=False),
+            outcome.failed,
+            json.dumps(vars(outcome.spent)),
+        )
+        self.connection.execute("BEGIN")
+        self.connection.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?)", row)
+        if outcome.failed is None:
+            self.connection.execute(
+                "DELETE FROM answers WHERE key > ? AND key < ?", (f"{outcome.task}/", f"{outcome.task}0")
+            )
+        self.connection.execute("COMMIT")
+
+    def outcome(self, task: str) -> Outcome | None:
+        """How a task ended, if it did."""
+        row = self.connection.execute("SELECT * FROM outcomes WHERE task = ?", (task,)).fetchone()
+        return Outcome(row[0], json.loads(row[1]), row[2], Spent(**json.loads(row[3]))) if row else None
+
+    def count_outcomes(self) -> int:
+        """How many tasks have ended."""
+        return self.connection.execute("SELECT COUNT(*) FROM outcomes").fetchone()[0]
 
     def close(self) -> None:
         """Close the file."""
@@ -120,6 +172,7 @@ class Engine:
         attempts (`int`, *optional*, defaults to 3): How often a request is asked until its answer has the right form.
         prices ([`Prices`], *optional*): For the cost.
         budget_usd (`float`, *optional*): Hard cap on the cost of this run, the most that requests in flight can cost counted in.
+        encode (`Callable`, *optional*): Answers [`Embedding`] requests; a text's vector must not depend on the texts beside it.
         on_progress (`Callable`, *optional*): Called with [`Progress`] after every answer and every task.
 
     """
@@ -133,6 +186,7 @@ class Engine:
         attempts: int = 3,
         prices: Prices | None = None,
         budget_usd: float | None = None,
+        encode: Encode | None = None,
         on_progress: Callable[[Progress], object] = lambda progress: None,
     ) -> None:
         self.llm, self.journal, self.attempts = llm, journal, attempts
@@ -140,6 +194,7 @@ class Engine:
         self.slots = asyncio.Semaphore(concurrency)
         self.prices, self.budget_usd, self.reserved_usd = prices or Prices(), budget_usd, 0.0
         self.progress, self.on_progress = Progress(), on_progress
+        self.embedder = Embedder(encode) if encode else None
         self.ended: ModelError | BudgetError | None = None
 
     async def run(self, tasks: Iterable[tuple[str, Callable[[], Steps]]]) -> AsyncIterator[Outcome]:
@@ -179,33 +234,37 @@ class Engine:
             await asyncio.gather(*live, return_exceptions=True)
 
     async def _run_one(self, name: str, start: Callable[[], Steps]) -> Outcome:
-        steps, asked = start(), 0
+        steps, asked, spent = start(), 0, Spent()
         try:
             requests = next(steps)
             while True:
-                keys = [f"{name}/{asked + i}" for i in range(len(requests))]
-                if len(requests) == 1:
-                    answers = [await self._answer(keys[0], requests[0])]
-                else:
-                    answers = await asyncio.gather(*map(self._answer, keys, requests))
+                going = [self._answer(f"{name}/{asked + i}", request, spent) for i, request in enumerate(requests)]
+                answers = [await going[0]] if len(going) == 1 else await asyncio.gather(*going)
                 asked += len(requests)
                 requests = steps.send(answers)
         except StopIteration as stop:
-            return Outcome(name, stop.value)
+            return Outcome(name, stop.value, None, spent)
         except AnswerError as error:
-            return Outcome(name, None, str(error))
+            return Outcome(name, None, str(error), spent)
 
-    async def _answer(self, key: str, request: Request) -> Any:
+    async def _answer(self, key: str, request: Request | Embedding, spent: Spent) -> Any:
         """The parsed answer, or the [`AnswerError`] of the last attempt."""
+        if isinstance(request, Embedding):
+            assert self.embedder is not None
+            return await self.embedder.embed(request.texts)
         failure = AnswerError("not asked")
         for attempt in range(self.attempts):
             self.progress.retried += attempt > 0
             try:
                 reply = await self._reply(f"{key}/{attempt}", request)
+                spent.calls += 1
+                spent.prompt_tokens += reply.prompt_tokens
+                spent.completion_tokens += reply.completion_tokens
                 if not reply.complete:
                     raise AnswerError("answer cut off")
                 return request.parse(reply.text)
             except AnswerError as error:
+                spent.unusable += 1
                 failure = error
         return failure
 
@@ -235,6 +294,48 @@ class Engine:
         progress.cost_usd += self.prices.cost(reply.prompt_tokens, reply.completion_tokens)
         self.on_progress(progress)
         return reply
+
+
+class Embedder:
+    """
+    Embeds what tasks ask for in few batches, in a thread: while one batch is computed, the next gathers.
+
+    Args:
+        encode (`Callable`): Gives the vectors of texts.
+        batch_size (`int`, *optional*, defaults to 64): Texts of a batch, about.
+
+    """
+
+    def __init__(self, encode: Encode, batch_size: int = 64) -> None:
+        self.encode, self.batch_size = encode, batch_size
+        self.waiting: deque[tuple[tuple[str, ...], asyncio.Future]] = deque()
+        self.worker: asyncio.Task | None = None
+
+    async def embed(self, texts: tuple[str, ...]) -> np.ndarray:
+        """Vectors of texts, of shape `(len(texts), d)`."""
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting.append((texts, answer))
+        if self.worker is None or self.worker.done():
+            self.worker = asyncio.create_task(self._work())
+        return await answer
+
+    async def _work(self) -> None:
+        while self.waiting:
+            batch: list[tuple[tuple[str, ...], asyncio.Future]] = []
+            while self.waiting and sum(len(texts) for texts, _ in batch) < self.batch_size:
+                batch.append(self.waiting.popleft())
+            try:
+                vectors = await asyncio.to_thread(self.encode, [text for texts, _ in batch for text in texts])
+            except Exception as error:  # every task that waits for it must hear of it
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(error)
+                continue
+            start = 0
+            for texts, answer in batch:
+                if not answer.done():
+                    answer.set_result(vectors[start : start + len(texts)])
+                start += len(texts)
 
 
 def most_prompt_tokens(messages: Sequence[dict]) -> int:

@@ -5,8 +5,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from openai import (
@@ -15,9 +16,14 @@ from openai import (
     AsyncOpenAI,
     AuthenticationError,
     NotFoundError,
+    OpenAIError,
     PermissionDeniedError,
 )
-from pydantic import BaseModel, ValidationError
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+GIVE_UP = 8  # requests that fail one after the other, each after its retries
 
 
 class AnswerError(ValueError):
@@ -26,6 +32,18 @@ class AnswerError(ValueError):
 
 class ModelError(RuntimeError):
     """An error that no later request would survive: wrong key, unknown model, nobody listening. It ends the run."""
+
+
+class Form(BaseModel):
+    """Base of the structured answers."""
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+
+@lru_cache(maxsize=256)
+def schema_of(form: type[BaseModel]) -> dict:
+    """JSON schema of a form; not to be changed."""
+    return form.model_json_schema()
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ class Request:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that is asked."""
-        form = self.answer.model_json_schema() if self.answer else None
+        form = schema_of(self.answer) if self.answer else None
         return hashlib.sha256(json.dumps([self.messages, self.role, form], sort_keys=True).encode()).hexdigest()
 
     def parse(self, text: str) -> Any:
@@ -112,6 +130,12 @@ class RoleSettings:
 
 
 ROLES: dict[str, RoleSettings] = {
+    "user": RoleSettings(temperature=0.7),
+    "system": RoleSettings(temperature=0.5),
+    "stronger": RoleSettings(temperature=0.9),
+    "manager": RoleSettings(temperature=0.0, max_tokens=200),
+    "memory": RoleSettings(temperature=0.1, max_tokens=300),
+    "profile": RoleSettings(temperature=0.7, max_tokens=500),
     "filter": RoleSettings(temperature=0.2, max_tokens=300),
     "annotate": RoleSettings(temperature=0.2, max_tokens=500),
     "knowledge": RoleSettings(temperature=0.5, max_tokens=300),
@@ -141,6 +165,7 @@ class OpenAILLM:
     max_retries: int = 6
     timeout: float = 120.0
     api_key: str | None = field(default=None, repr=False)
+    in_a_row: int = field(default=0, init=False)  # failures since the last answer
 
     @cached_property
     def client(self) -> AsyncOpenAI:
@@ -154,39 +179,63 @@ class OpenAILLM:
 
     async def ask(self, request: Request, seed: int) -> Reply:
         """Answer one request; see [`LLM`]."""
+        try:
+            done = await self.client.chat.completions.create(**self.body(request, seed))
+        except (OpenAIError, ValueError, TypeError) as error:
+            raise self.explain(error) from None
+        self.in_a_row = 0
+        return self.as_reply(done, request)
+
+    def body(self, request: Request, seed: int) -> dict[str, Any]:
+        """A request in OpenAI's format."""
         settings = self.roles[request.role]
-        options: dict[str, Any] = {}
+        body: dict[str, Any] = {
+            "model": settings.model or self.model,
+            "messages": list(request.messages),
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
+            "seed": seed,
+        }
         if request.answer:
             form = {"name": request.answer.__name__, "schema": strict_schema(request.answer), "strict": True}
-            options["response_format"] = {"type": "json_schema", "json_schema": form}
-        try:
-            done = await self.client.chat.completions.create(
-                model=settings.model or self.model,
-                messages=list(request.messages),  # type: ignore[arg-type]
-                temperature=settings.temperature,
-                max_tokens=settings.max_tokens,
-                seed=seed,
-                **options,
-            )
-        except (AuthenticationError, PermissionDeniedError, NotFoundError) as error:
-            raise ModelError(f"{self.base_url}: {self._without_key(error.message)}") from None
-        except APIConnectionError as error:
-            cause = f" ({error.__cause__})" if error.__cause__ else ""
-            raise AnswerError(f"no connection to {self.base_url}{self._without_key(cause)}") from None
-        except APIStatusError as error:
-            raise AnswerError(f"status {error.status_code}: {self._without_key(error.message)[:200]}") from None
-        except (ValueError, TypeError) as error:  # a body that is no JSON
-            raise AnswerError(f"malformed response: {type(error).__name__}") from None
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        return body
+
+    def as_reply(self, done: ChatCompletion, request: Request) -> Reply:
+        """
+        A completion as a reply.
+
+        Raises:
+            AnswerError: If it has no choices.
+
+        """
         if not isinstance(getattr(done, "choices", None), list) or not done.choices:
             raise AnswerError("malformed response: no choices")
         choice, usage = done.choices[0], done.usage
         return Reply(
             text=choice.message.content or "",
-            model=done.model or settings.model or self.model,
+            model=done.model or self.roles[request.role].model or self.model,
             prompt_tokens=usage.prompt_tokens if usage else 0,
             completion_tokens=usage.completion_tokens if usage else 0,
             complete=choice.finish_reason != "length",
         )
+
+    def explain(self, error: Exception) -> AnswerError | ModelError:
+        """What an error of the client means for the run, in words without the key."""
+        self.in_a_row += 1
+        permanent = isinstance(error, AuthenticationError | PermissionDeniedError | NotFoundError)
+        if isinstance(error, APIConnectionError):
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            said = f"no connection to {self.base_url}{self._without_key(cause)}"
+        elif isinstance(error, APIStatusError):
+            permanent = permanent or error.code == "insufficient_quota"
+            said = f"status {error.status_code}: {self._without_key(error.message)[:200]}"
+        else:  # a body that is no JSON
+            said = f"malformed response: {type(error).__name__}"
+        if permanent or self.in_a_row >= GIVE_UP:
+            where = "" if self.base_url in said else f"{self.base_url}: "
+            return ModelError(f"{where}{said}" if permanent else f"{where}{said}, {self.in_a_row} times running")
+        return AnswerError(said)
 
     def _without_key(self, text: str) -> str:
         key = self.client.api_key
@@ -195,10 +244,13 @@ class OpenAILLM:
 
 
 def strict_schema(answer: type[BaseModel]) -> dict:
-    """JSON schema of a form as OpenAI's strict mode wants it: all fields required, no others."""
-    schema = answer.model_json_schema()
+    """JSON schema of a form as OpenAI's strict mode wants it: all fields required, no others, no lengths of strings (they are checked here)."""
+    schema = deepcopy(schema_of(answer))
     for part in (schema, *schema.get("$defs", {}).values()):
         if part.get("type") == "object":
             part["additionalProperties"] = False
             part["required"] = list(part.get("properties", {}))
+            for value in part.get("properties", {}).values():
+                for key in ("minLength", "maxLength"):
+                    value.pop(key, None)
     return schema

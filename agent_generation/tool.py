@@ -3,26 +3,22 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Literal
 
+import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from agent_generation.engine import Steps, needed
-from agent_generation.llm import AnswerError, Request
+from agent_generation.llm import AnswerError, Form, Request
 from agent_generation.prompts import render
 from dataset_builders.schema import Emotion, Sticker
+from dataset_builders.stickers.search import StickerSearch
 
 
 VERDICTS = 5
 SEEN = 336  # pixels a side that the model is shown
-
-
-class Form(BaseModel):
-    """Base of the structured answers."""
-
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
 
 class Verdict(Form):
@@ -49,6 +45,49 @@ class Knowledge(Form):
     emotion_description: str = Field(min_length=1, max_length=300)
     recommendation: str = Field(min_length=1, max_length=300)
     tags: list[str] = Field(max_length=8)
+
+
+class Toolbox:
+    """
+    The agents' sticker databases (section 3.2): both sides of a session use the same one.
+
+    Args:
+        search ([`StickerSearch`]): Over the whole pack.
+        databases (`dict[str, int]`): Number of each sticker's database.
+
+    """
+
+    def __init__(self, search: StickerSearch, databases: dict[str, int]) -> None:
+        self.stickers = {sticker.id: sticker for sticker in search.stickers}
+        self.databases: dict[int, StickerSearch] = {}
+        for number in sorted(set(databases.values())):
+            rows = [row for row, sticker in enumerate(search.stickers) if databases[sticker.id] == number]
+            members = [search.stickers[row] for row in rows]
+            self.databases[number] = StickerSearch(members, search.text_vectors[rows], search.encode)
+
+    def sticker(self, name: str) -> Sticker:
+        """The sticker of an id."""
+        return self.stickers[name]
+
+    def retrieve(
+        self, database: int, query: np.ndarray, emotion: Emotion, k: int = 10, without: Set[str] = frozenset()
+    ) -> list[Sticker]:
+        """
+        The action "Retrieve": the `k` stickers of a database nearest to a query, those of its emotion preferred.
+
+        Args:
+            database (`int`): Its number.
+            query (`np.ndarray` of shape `(d,)`): Unit vector of the query.
+            emotion (`str`): What it should feel like.
+            k (`int`, *optional*, defaults to 10): How many at most.
+            without (`Set[str]`, *optional*): Ids to leave out.
+
+        Returns:
+            `list[Sticker]`: Best first.
+
+        """
+        hits = self.databases[database].by_vector(query, "text", k + len(without), emotion, "prefer")
+        return [self.stickers[hit.id] for hit in hits if hit.id not in without][:k]
 
 
 def picture_part(image: Image.Image) -> dict:

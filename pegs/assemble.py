@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 
 from dataset_builders.schema import Sticker
 from dataset_builders.stickers.encoder import TextEncoder
-from dataset_builders.stickers.openmoji import cached_pack
+from dataset_builders.stickers.openmoji import cached_folder
 from dataset_builders.stickers.pack import PackError, StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from pegs.errors import InputError
@@ -28,20 +28,34 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_MODEL = CHECKPOINTS / "pegs-mini"
 
 
+def find_pack(name: str) -> Path:
+    """
+    Folder of a sticker pack, by name, folder or Hub id.
+
+    Raises:
+        InputError: If it is neither `openmoji` nor a folder nor a dataset repository.
+
+    """
+    if name == "openmoji":
+        return cached_folder()
+    try:
+        on_hub = not Path(name).exists() and HUB_ID.fullmatch(name)
+        return Path(snapshot_download(name, repo_type="dataset") if on_hub else name)
+    except (OSError, HfHubHTTPError) as error:
+        raise InputError(f"--stickers {name}: {str(error).splitlines()[0]}") from error
+
+
 def load_pack(name: str) -> StickerPack:
     """
     A sticker pack by name, folder or Hub id.
 
     Raises:
-        InputError: If it is neither `openmoji` nor a pack's folder nor a dataset repository with one.
+        InputError: If there is none, or a broken one.
 
     """
-    if name == "openmoji":
-        return cached_pack()
     try:
-        on_hub = not Path(name).exists() and HUB_ID.fullmatch(name)
-        return StickerPack.load(snapshot_download(name, repo_type="dataset") if on_hub else name)
-    except (OSError, PackError, HfHubHTTPError) as error:
+        return StickerPack.load(find_pack(name))
+    except (OSError, PackError) as error:
         raise InputError(f"--stickers {name}: {str(error).splitlines()[0]}") from error
 
 

@@ -11,6 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pegs.cli_agents import generate, profiles_app
+from pegs.cli_dataset import dataset_app
+from pegs.cli_hub import card, push
 from pegs.cli_stickers import JsonOption, StickersOption, stickers_app
 from pegs.errors import InputError
 from pegs.quiet import quiet_libraries
@@ -23,6 +26,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(stickers_app, name="stickers")
+app.add_typer(dataset_app, name="dataset")
+app.add_typer(profiles_app, name="profiles")
+app.command(
+    epilog="Example: pegs generate --profiles profiles.jsonl --out runs/demo -n 100 --llm http://127.0.0.1:8000/v1 --model qwen3"
+)(generate)
+app.command(epilog="Example: pegs push checkpoints/pegs-mini ines/pegs-mini --tag v1")(push)
+app.command(epilog="Example: pegs card outputs/mini/joint --id ines/pegs --config configs/mini/joint.yaml")(card)
 errors = Console(stderr=True, highlight=False)
 
 ModelOption = Annotated[

@@ -20,12 +20,12 @@ def environment() -> Environment:
     )
 
 
-def render(name: str, language: str = "en", **values: object) -> str:
+def render(prompt: str, language: str = "en", /, **values: object) -> str:
     """
     A prompt.
 
     Args:
-        name (`str`): Which one, `filter_1` for example.
+        prompt (`str`): Which one, `filter_1` for example.
         language (`str`, *optional*, defaults to `"en"`): `en` or `zh`.
         values: What the template shows. It is data: no template syntax in it is read.
 
@@ -37,6 +37,11 @@ def render(name: str, language: str = "en", **values: object) -> str:
 
     """
     try:
-        return environment().get_template(f"{language}/{name}.jinja").render(**values).strip()
+        return environment().get_template(f"{language}/{prompt}.jinja").render(**values).strip()
     except TemplateNotFound as error:
-        raise ValueError(f"no prompt {name!r} in language {language!r}") from error
+        raise ValueError(f"no prompt {prompt!r} in language {language!r}") from error
+
+
+def ask(prompt: str, language: str = "en", /, **values: object) -> dict:
+    """A prompt as a user's chat message."""
+    return {"role": "user", "content": render(prompt, language, **values)}

@@ -1,0 +1,114 @@
+"""The providers' batch API, at half the price: all that live sessions ask becomes one batch, and its answers start the next round."""
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from openai import OpenAIError
+from openai.types.chat import ChatCompletion
+
+from agent_generation.llm import AnswerError, ModelError, OpenAILLM, Reply, Request
+
+
+MOST = 50_000  # requests of a batch
+ENDED = ("completed", "failed", "expired", "cancelled")
+
+
+@dataclass
+class BatchLLM(OpenAILLM):
+    """
+    An endpoint with OpenAI's batch API.
+
+    Batches in flight are noted in a file before they are waited for, so that a run that was killed collects what it has paid for.
+
+    Args:
+        notes (`Path`): The file.
+        linger (`float`, *optional*, defaults to 2.0): Seconds without a new request before a round is sent.
+        poll (`float`, *optional*, defaults to 20.0): Seconds between two looks at a batch.
+
+    """
+
+    notes: Path = Path("batches.json")
+    linger: float = 2.0
+    poll: float = 20.0
+    waiting: dict[str, tuple[Request, int, asyncio.Future]] = field(default_factory=dict, init=False)
+    arrived: dict[str, dict] | None = field(default=None, init=False)  # of batches that an earlier process had sent
+    worker: asyncio.Task | None = field(default=None, init=False)
+
+    async def ask(self, request: Request, seed: int) -> Reply:
+        """Answer one request, in the next round; see [`LLM`]."""
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting[f"{request.digest[:40]}-{seed}"] = (request, seed, answer)
+        if self.worker is None or self.worker.done():
+            self.worker = asyncio.create_task(self._work())
+        return await answer
+
+    async def _work(self) -> None:
+        try:
+            if self.arrived is None:
+                self.arrived = await self._collect(self._noted())
+            while self.waiting:
+                count = -1
+                while count != len(self.waiting):
+                    count = len(self.waiting)
+                    await asyncio.sleep(self.linger)
+                for key in [key for key in self.waiting if key in self.arrived]:
+                    self._settle(key, self.arrived.pop(key))
+                if round_ := dict(list(self.waiting.items())[:MOST]):
+                    await self._round(round_)
+        except (OpenAIError, ModelError) as error:
+            ended = error if isinstance(error, ModelError) else ModelError(str(self.explain(error)))
+            for _, _, answer in self.waiting.values():
+                if not answer.done():
+                    answer.set_exception(ended)
+            self.waiting.clear()
+
+    async def _round(self, asked: dict[str, tuple[Request, int, asyncio.Future]]) -> None:
+        lines = [
+            {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": self.body(request, seed)}
+            for key, (request, seed, _) in asked.items()
+        ]
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        file = await self.client.files.create(file=("round.jsonl", data), purpose="batch")
+        batch = await self.client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        self.notes.write_text(json.dumps([batch.id]))
+        answers = await self._collect([batch.id])
+        for key in asked:
+            self._settle(key, answers.get(key, {"error": {"message": "no answer in its batch"}}))
+
+    def _noted(self) -> list[str]:
+        return json.loads(self.notes.read_text()) if self.notes.is_file() else []
+
+    async def _collect(self, batches: list[str]) -> dict[str, dict]:
+        """Wait for batches and read their answers, by custom id."""
+        answers: dict[str, dict] = {}
+        for batch_id in batches:
+            batch = await self.client.batches.retrieve(batch_id)
+            while batch.status not in ENDED:
+                await asyncio.sleep(self.poll)
+                batch = await self.client.batches.retrieve(batch_id)
+            if batch.status == "failed":
+                reasons = [error.message for error in (batch.errors.data if batch.errors else None) or []]
+                raise ModelError(f"{self.base_url}: batch {batch_id} failed: {'; '.join(map(str, reasons))[:200]}")
+            for file in (batch.output_file_id, batch.error_file_id):
+                if file:
+                    text = (await self.client.files.content(file)).text
+                    answers.update((row["custom_id"], row) for row in map(json.loads, text.splitlines()))
+        return answers
+
+    def _settle(self, key: str, row: dict) -> None:
+        request, _, answer = self.waiting.pop(key)
+        if answer.done():
+            return
+        response = row.get("response") or {}
+        if response.get("status_code") == 200:
+            try:
+                answer.set_result(self.as_reply(ChatCompletion.model_validate(response["body"]), request))
+            except ValueError as error:  # no completion, or one without choices
+                answer.set_exception(AnswerError(f"malformed response: {type(error).__name__}"))
+            return
+        said = (row.get("error") or response.get("body", {}).get("error") or {}).get("message", "no answer")
+        answer.set_exception(AnswerError(f"status {response.get('status_code')}: {said}"[:200]))

