@@ -27,8 +27,10 @@ def databases():
 
 
 def test_there_are_enough_sessions_of_the_right_length(sessions):
-    assert len(sessions) >= 120
-    assert all(3 <= len(session.turns) <= 6 for session in sessions)
+    splits = Counter(session.split for session in sessions)
+    assert splits["train"] >= 400 and splits["validation"] >= 40 and splits["test"] >= 40
+    turns = [len(session.turns) for session in sessions]
+    assert min(turns) >= 3 and max(turns) <= 6 and sum(turns) >= 2600 and 5.0 <= sum(turns) / len(turns) <= 6.0
     assert len({session.session_id for session in sessions}) == len(sessions)
 
 
@@ -57,7 +59,12 @@ def test_sticker_rates(sessions):
         role: sum(getattr(turn, role).sticker is not None for turn in turns) / len(turns)
         for role in ("user", "system")
     }
-    assert 0.55 <= rate["system"] <= 0.65 and 0.28 <= rate["user"] <= 0.42, rate
+    assert 0.57 <= rate["system"] <= 0.63 and 0.28 <= rate["user"] <= 0.42, rate
+
+
+def test_nearly_all_stickers_are_used(sessions, databases):
+    used = {m.sticker.id for s in sessions for t in s.turns for m in (t.user, t.system) if m.sticker}
+    assert len(used) >= 0.9 * len(databases[0])
 
 
 def test_users_feel_everything_and_the_system_is_gentle(sessions):
