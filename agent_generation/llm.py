@@ -240,7 +240,7 @@ class OpenAILLM:
     def _without_key(self, text: str) -> str:
         key = self.client.api_key
         text = text.replace(key, "***") if len(key) > 4 else text
-        return re.sub(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}", "***", text)
+        return re.sub(r"\b(?:(?:sk|key)[-_]|Bearer\s+)[\w*.-]{6,}", "***", text)
 
 
 def strict_schema(answer: type[BaseModel]) -> dict:

@@ -31,6 +31,7 @@ class RowSampler(LogitsProcessor):
         limits (`Sequence[int]`): Most tokens of a row.
         seeds (`Sequence[int]`): For the rows' draws.
         eos_token_id (`int`): Ends a row.
+        vocab_size (`int`): Of the grammars' tokenizer.
 
     """
 
@@ -41,7 +42,9 @@ class RowSampler(LogitsProcessor):
         limits: Sequence[int],
         seeds: Sequence[int],
         eos_token_id: int,
+        vocab_size: int,
     ) -> None:
+        self.vocab_size = vocab_size
         self.matchers, self.temperatures, self.limits, self.eos = matchers, temperatures, limits, eos_token_id
         self.rngs = [np.random.default_rng(seed) for seed in seeds]
         self.done = [False] * len(matchers)
@@ -50,7 +53,7 @@ class RowSampler(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scores `(B, V)` whose largest is each row's draw."""
         last = input_ids[:, -1].tolist()
-        mask = llguidance.torch.allocate_token_bitmask(1, scores.shape[1])
+        mask = llguidance.torch.allocate_token_bitmask(1, self.vocab_size)
         drawn = torch.full_like(scores, float("-inf"))
         for row, matcher in enumerate(self.matchers):
             if self.step and not self.done[row]:
@@ -110,7 +113,7 @@ class TransformersLLM:
     @cached_property
     def grammar_tokenizer(self) -> llguidance.LLTokenizer:
         """The tokenizer as grammars read it."""
-        size = self.model.config.get_text_config().vocab_size
+        size = max(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
         return llguidance.hf.from_tokenizer(self.tokenizer, size)  # type: ignore[arg-type]
 
     def most_tokens(self, role: str) -> int:
@@ -185,6 +188,7 @@ class TransformersLLM:
             [setting.max_tokens for setting in settings],
             [seed for _, seed in batch],
             eos,
+            self.grammar_tokenizer.vocab_size,
         )
         most = max(setting.max_tokens for setting in settings) + 1
         config = GenerationConfig(

@@ -1,0 +1,145 @@
+"""
+Agent4SC against a serial loop: 64 sessions on a loopback endpoint with 200 ms latency. Prints one JSON line.
+
+`serial_ratio` is the wall-clock time of a serial loop (every call of these sessions, one after the other, at the latency measured in this run) over
+ours; `of_ideal` is the time of the longest session running alone over that of all 64. `calls` and `tokens` a session stand beside what the
+reference implementation's flow takes for the same turns and stickers, counted by `reference_calls`.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agent_generation.dry import DryLLM
+from agent_generation.engine import Embedding, Engine, Journal
+from agent_generation.llm import OpenAILLM
+from agent_generation.run import plan_sessions
+from agent_generation.session import Dialogue, SessionPlan, Settings
+from agent_generation.tool import Toolbox
+from dataset_builders.schema import EMOTIONS, Profile
+from dataset_builders.stickers.encoder import TextEncoder
+from dataset_builders.stickers.openmoji import cached_folder, cached_pack
+from dataset_builders.stickers.search import open_search
+from tests.fixtures.llm_server import Server
+
+
+SESSIONS, LATENCY = 64, 0.2
+WORDS = "so it goes on with rain and bread a kind dog late for the bus near our old green bridge again".split()
+
+
+def serve() -> None:
+    """The endpoint, in a process of its own."""
+    dry = DryLLM()
+
+    def script(body: dict) -> str:
+        form, rng = body.get("response_format"), random.Random(json.dumps(body["messages"]) + str(body["seed"]))
+        if form is None:
+            return " ".join(rng.choices(WORDS, k=16)) + f" {rng.random()}"
+        schema = form["json_schema"]["schema"]
+        return json.dumps(dry._fill(schema, schema.get("$defs", {}), rng))
+
+    with Server(script, LATENCY) as server:
+        print(server.url, flush=True)  # noqa: T201
+        sys.stdin.read()
+
+
+def reference_calls(result: dict) -> tuple[int, int]:
+    """
+    Calls that the reference implementation's serial flow makes for a session of these turns and stickers: as it runs, and with the reflection that
+    its threshold never lets happen.
+
+    A turn: two messages and their importance; on even turns two trait summaries. A sticker: intention, query, selection, its importance, its review.
+    A turn without a sticker of a side that was allowed one: its intention. Once, at turn four: whether to end. A reflection of its library: three
+    questions in one call, three calls for insights, and the importance of fifteen of them.
+    """
+    calls, before = 0, {"user": False, "system": False}
+    for turn in result["turns"]:
+        calls += 4 + 2 * (turn["turn"] % 2 == 0) + (turn["turn"] == 4)
+        sent = {role: turn[role]["sticker"] is not None for role in before}
+        allowed = {"user": not any(before.values()), "system": not before["system"]}
+        calls += sum(5 if sent[role] else allowed[role] for role in sent)
+        before = sent
+    return calls, calls + 19 * result["tally"].get("reflections", 0)
+
+
+async def write(url: str, plans: list[SessionPlan], toolbox: Toolbox, settings: Settings, encode: TextEncoder):
+    """Write sessions; gives the seconds it took and the outcomes."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine(OpenAILLM(url, "m"), Journal(Path(folder) / "j.sqlite"), SESSIONS, encode=encode)
+        started = time.perf_counter()
+        tasks = [(plan.session_id, Dialogue(plan, toolbox, settings).steps) for plan in plans]
+        outcomes = [outcome async for outcome in engine.run(tasks)]
+        return time.perf_counter() - started, {outcome.task: outcome for outcome in outcomes}
+
+
+def count_rounds(plan: SessionPlan, toolbox: Toolbox, settings: Settings, encode: TextEncoder) -> int:
+    """Steps of a session that wait for the model, one after the other."""
+    dry, rounds = DryLLM(), 0
+    steps = Dialogue(plan, toolbox, settings).steps()
+    requests = next(steps)
+    while True:
+        answers = []
+        for number, request in enumerate(requests):
+            if isinstance(request, Embedding):
+                answers.append(encode(request.texts))
+            else:
+                answers.append(request.parse(asyncio.run(dry.ask(request, number)).text))
+        rounds += not isinstance(requests[0], Embedding)
+        try:
+            requests = steps.send(answers)
+        except StopIteration:
+            return rounds
+
+
+def main() -> None:
+    """Run it."""
+    encode = TextEncoder(steady=True)
+    pack = cached_pack()
+    toolbox = Toolbox(open_search(cached_folder(), pack, encode), pack.databases)
+    profiles = [
+        Profile(
+            name=f"P{n}", emotion=EMOTIONS[n % 7], persona=f"You are number {n}.", situation=f"You have lost {n} keys."
+        )
+        for n in range(SESSIONS)
+    ]
+    plans = list(plan_sessions(SESSIONS, profiles, pack.num_databases, 0))
+    endpoint = subprocess.Popen(
+        [sys.executable, __file__, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    url = endpoint.stdout.readline().strip()
+    figures: dict = {"benchmark": "agent_throughput", "sessions": SESSIONS, "latency_s": LATENCY}
+    for name, settings in (("separate", Settings()), ("fused", Settings(fuse_plan=True))):
+        asyncio.run(write(url, plans[:1], toolbox, settings, encode))  # connections, templates, vectors
+        rounds = {plan.session_id: count_rounds(plan, toolbox, settings, encode) for plan in plans}
+        longest = max(plans, key=lambda plan: rounds[plan.session_id])
+        alone, _ = asyncio.run(write(url, [longest], toolbox, settings, encode))
+        seconds, outcomes = asyncio.run(write(url, plans, toolbox, settings, encode))
+        calls = [outcome.spent.calls for outcome in outcomes.values()]
+        reference = [reference_calls(outcome.result) for outcome in outcomes.values()]
+        a_call = alone / rounds[longest.session_id]
+        figures[name] = {
+            "seconds": round(seconds, 2),
+            "serial_ratio": round(sum(calls) * a_call / seconds, 1),
+            "of_ideal": round(alone / seconds, 3),
+            "calls_a_session": round(statistics.mean(calls), 1),
+            "prompt_tokens_a_session": round(statistics.mean(o.spent.prompt_tokens for o in outcomes.values())),
+            "reference_calls": round(statistics.mean(r[0] for r in reference), 1),
+            "reference_calls_with_reflection": round(statistics.mean(r[1] for r in reference), 1),
+            "calls_ratio": round(sum(calls) / sum(r[0] for r in reference), 3),
+            "calls_ratio_with_reflection": round(sum(calls) / sum(r[1] for r in reference), 3),
+        }
+    endpoint.kill()
+    print(json.dumps(figures))  # noqa: T201
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["serve"] else main()

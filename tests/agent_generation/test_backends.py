@@ -1,0 +1,157 @@
+import asyncio
+import json
+
+import pytest
+from pydantic import Field
+
+from agent_generation.batch_api import BatchLLM
+from agent_generation.dry import DryLLM
+from agent_generation.llm import AnswerError, Form, ModelError, OpenAILLM, Request, RoleSettings
+from agent_generation.local import TransformersLLM
+from agent_generation.memory import Reflection
+from agent_generation.plan import FreePlan, choice_form
+from dataset_builders.stickers.encoder import TextEncoder
+from tests.agent_generation.test_run import contents, dry_answer, write_run
+from tests.fixtures.llm_server import Server
+from tests.fixtures.tiny import make_tiny_model, make_tiny_tokenizer
+
+
+ROLES = {
+    "user": RoleSettings(temperature=1.0, max_tokens=80),
+    "system": RoleSettings(temperature=0.0, max_tokens=300),
+    "memory": RoleSettings(temperature=0.7, max_tokens=400),
+}
+
+
+def asked(text, role="user", answer=None):
+    return Request([{"role": "user", "content": text}], role, answer)
+
+
+@pytest.fixture(scope="module")
+def local():
+    model = make_tiny_model()
+    tokenizer = make_tiny_tokenizer(model.config)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    return TransformersLLM(model.language_model, tokenizer, "tiny", ROLES, batch_size=4)
+
+
+def test_a_local_models_structured_answers_have_their_form_even_from_random_weights(local):
+    class Pair(Form):
+        first: str = Field(max_length=8)
+        second: int
+
+    forms = [choice_form(7), FreePlan, Pair]
+    batch = [(asked("go", "memory", form), seed) for form in forms for seed in range(4)]
+    replies = local.generate(batch)
+    for (request, _), reply in zip(batch, replies, strict=True):
+        if reply.complete:
+            request.parse(reply.text)
+    assert sum(reply.complete for reply in replies) >= 4
+    assert len({reply.text for reply in replies[:4]}) > 1  # seeds differ
+    assert all(reply.prompt_tokens > 0 and reply.completion_tokens > 0 for reply in replies)
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch(local):
+    batch = [
+        (asked("one"), 1),
+        (asked("a longer request than the first"), 2),
+        (asked("go", "user", choice_form(3)), 3),
+    ]
+    together = local.generate(batch)
+    assert [local.generate([entry])[0].text for entry in batch] == [reply.text for reply in together]
+    assert local.generate([(asked("one"), 4)])[0].text != together[0].text
+
+
+def test_a_local_answer_that_does_not_end_is_cut_off_and_says_so(local):
+    (reply,) = local.generate([(asked("go", "system", Reflection), 0)])
+    assert reply.complete or reply.completion_tokens == 300
+    (message,) = local.generate([(asked("go"), 0)])
+    assert "\n" not in message.text and len(message.text) <= 241
+
+
+def test_requests_of_many_sessions_share_batches(local, monkeypatch):
+    sizes = []
+    generate = local.generate
+    monkeypatch.setattr(local, "generate", lambda batch: sizes.append(len(batch)) or generate(batch))
+
+    async def ask_all():
+        return await asyncio.gather(*[local.ask(asked(f"n {i}", "user", choice_form(9)), i) for i in range(10)])
+
+    replies = asyncio.run(ask_all())
+    assert sorted(sizes, reverse=True)[:2] == [4, 4] and sum(sizes) == 10 and len(replies) == 10
+
+
+def batch_llm(url, folder):
+    return BatchLLM(url, "m", notes=folder / "batches.json", linger=0.05, poll=0.01)
+
+
+def test_the_batch_api_writes_the_same_sessions_in_few_rounds(tmp_path):
+    dry = DryLLM()
+    with Server(lambda body: dry_answer(dry, body)) as server:
+        direct, _ = write_run(tmp_path / "direct", OpenAILLM(server.url, "m"), 4)
+        calls = len(server.bodies)
+        rounds, _ = write_run(tmp_path / "batch", batch_llm(server.url, tmp_path), 4)
+        assert len(server.bodies) == 2 * calls and len(server.batches) < calls / 2
+    assert contents(tmp_path / "direct") == contents(tmp_path / "batch") and direct == rounds
+
+
+def test_a_batch_in_flight_at_a_kill_is_collected_and_not_paid_again(tmp_path):
+    async def ask(llm):
+        return await llm.ask(asked("hello"), 7)
+
+    with Server(lambda body: "good day") as server:
+        first = batch_llm(server.url, tmp_path)
+        first.poll = 60
+
+        async def killed():
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(ask(first), 1.0)
+
+        asyncio.run(killed())
+        reply = asyncio.run(ask(batch_llm(server.url, tmp_path)))
+        assert reply.text == "good day" and len(server.batches) == 1
+
+
+def test_what_fails_in_a_batch_fails_alone(tmp_path):
+    def script(body):
+        said = body["messages"][-1]["content"]
+        if said == "refused":
+            return 400, json.dumps({"error": {"message": "bad request"}}).encode()
+        return None if said == "lost" else "fine"
+
+    async def ask_all(llm):
+        return await asyncio.gather(
+            *[llm.ask(asked(text), 1) for text in ("refused", "lost", "well")], return_exceptions=True
+        )
+
+    with Server(script) as server:
+        refused, lost, well = asyncio.run(ask_all(batch_llm(server.url, tmp_path)))
+    assert str(refused) == "status 400: bad request" and isinstance(lost, AnswerError) and well.text == "fine"
+
+
+def test_an_endpoint_where_nothing_works_is_given_up(tmp_path):
+    with Server(lambda body: (500, b"oops")) as server:
+        llm = OpenAILLM(server.url, "m", max_retries=0)
+
+        async def ask_until():
+            for n in range(20):
+                try:
+                    await llm.ask(asked(str(n)), n)
+                except AnswerError:
+                    continue
+
+        with pytest.raises(ModelError, match="status 500: .*, 8 times running"):
+            asyncio.run(ask_until())
+    quota = json.dumps({"error": {"message": "no credit", "code": "insufficient_quota"}}).encode()
+    with Server(lambda body: (429, quota)) as server, pytest.raises(ModelError, match="no credit"):
+        asyncio.run(OpenAILLM(server.url, "m", max_retries=0).ask(asked("x"), 0))
+
+
+def test_a_steady_encoders_vectors_do_not_depend_on_the_batch():
+    texts = [f"{'word ' * (n % 30)}number {n}" for n in range(24)]
+    steady = TextEncoder(kept=0, steady=True)
+    together = steady(texts)
+    for n in (0, 7, 23):
+        assert (steady([texts[n]])[0] == together[n]).all()
+        assert (steady([texts[n], texts[3], "more"])[0] == together[n]).all()
+    assert abs(together - TextEncoder(kept=0)(texts)).max() < 1e-5

@@ -1,0 +1,121 @@
+"""Agent4SC as its user runs it, against a scripted endpoint."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agent_generation.dry import DryLLM
+from dataset_builders.schema import Session
+from tests.agent_generation.test_run import dry_answer
+from tests.fixtures.agents import PROFILE
+from tests.fixtures.llm_server import Server
+
+
+PEGS = str(Path(sys.executable).with_name("pegs"))
+
+
+@pytest.fixture(scope="module")
+def server():
+    dry = DryLLM()
+    with Server(lambda body: dry_answer(dry, body), delay=0.02) as server:
+        yield server
+
+
+@pytest.fixture
+def profiles(tmp_path):
+    file = tmp_path / "profiles.jsonl"
+    file.write_text(PROFILE.model_dump_json() + "\n")
+    return file
+
+
+def pegs(*args):
+    return subprocess.run([PEGS, *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+def generate(server, profiles, out, *args):
+    return ["generate", "--profiles", profiles, "--out", out, "--llm", server.url, "--model", "m", *args]
+
+
+def test_sessions_with_the_wanted_rate_within_a_budget(server, profiles, tmp_path):
+    args = generate(server, profiles, tmp_path / "run", "-n", 5, "--sticker-rate", "user=0", "system=1.0", "--json")
+    prices = ("--price-in", 1, "--price-out", 2)
+    poor = pegs(*args, *prices, "--budget-usd", 0.01)
+    assert poor.returncode == 2 and "the budget of 0.01 USD is used up" in poor.stderr
+    done = pegs(*args, *prices, "--budget-usd", 5)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["sessions"] == 5 and summary["rates"]["system"] == {"requested": 1.0, "realised": 1.0, "lost": 0}
+    assert "about " in done.stderr and " calls, " in done.stderr and summary["cost_usd"] > 0
+    sessions = [Session.model_validate_json(line) for line in (tmp_path / "run/sessions.jsonl").open()]
+    assert all(turn.system.sticker and not turn.user.sticker for session in sessions for turn in session.turns)
+    built = pegs("dataset", "build", tmp_path / "run", "--out", tmp_path / "stickerconv", "--json")
+    assert built.returncode == 0, built.stderr
+
+
+def test_ctrl_c_leaves_what_the_same_command_goes_on_with(server, profiles, tmp_path):
+    args = generate(server, profiles, tmp_path / "run", "-n", 8, "--concurrency", 2, "--json")
+    child = subprocess.Popen([PEGS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    before = len(server.bodies)
+    while len(server.bodies) < before + 40 and child.poll() is None:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
+    cut = len(server.bodies) - before
+    done = pegs(*args)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sessions"] == 8
+    whole = pegs(*generate(server, profiles, tmp_path / "whole", "-n", 8, "--json"))
+    assert (
+        json.loads(whole.stdout)["calls"] + 4 >= len(server.bodies) - before - json.loads(whole.stdout)["calls"] > cut
+    )
+    assert (tmp_path / "run/sessions.jsonl").read_bytes() == (tmp_path / "whole/sessions.jsonl").read_bytes()
+
+
+def test_profiles_are_written_from_seeds(server, tmp_path):
+    def script(body):
+        rng = len(server.bodies)
+        text = f"walk {rng} dogs near bridge {rng * 7} with {rng * 3} old friends under {rng * 5} trees and hum song {rng}"
+        return json.dumps({"name": "Ada", "persona": f"You {text}.", "situation": f"You {text[::-1]} and you {rng}."})
+
+    with Server(script) as server:
+        done = pegs("profiles", "generate", "-n", 9, "--out", tmp_path / "p.jsonl", "--llm", server.url, "--model", "m", "--emotions", "fear=2,joy=1", "--json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").open()]
+    assert [row["emotion"] for row in rows].count("fear") == 6 and json.loads(done.stdout)["profiles"] == 9
+    assert pegs("profiles", "seeds", "--out", tmp_path / "seeds.jsonl", "--language", "zh").returncode == 0
+    assert len((tmp_path / "seeds.jsonl").read_text().splitlines()) == 70
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--llm", "http://x/v1"], "--model is needed with --llm"),
+        (["--language", "zh"], "need --llm"),
+        (["--sticker-rate", "often"], "--sticker-rate often: expected stickerconv, mod, line, off, or shares"),
+        (["--budget-usd", "3"], "--budget-usd needs --price-in and --price-out"),
+        (["--stickers", "nowhere"], "--stickers nowhere"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(profiles, tmp_path, args, said):
+    done = pegs("generate", "--profiles", profiles, "--out", tmp_path / "run", "-n", 2, *args)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_profile_and_a_wrong_key_are_one_line(profiles, tmp_path):
+    profiles.write_text('{"emotion": "sadness", "persona": 3, "situation": "You wait."}\n')
+    done = pegs("generate", "--profiles", profiles, "--out", tmp_path / "run", "-n", 2)
+    assert done.returncode == 2 and f"{profiles}:1: persona" in done.stderr
+    profiles.write_text(PROFILE.model_dump_json() + "\n")
+    with Server(
+        lambda body: (401, b'{"error": {"message": "Incorrect API key provided: sk-abcdef123456"}}')
+    ) as server:
+        done = pegs(*generate(server, profiles, tmp_path / "run", "-n", 2))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("pegs: ") and "Incorrect API key" in last
+    assert "sk-abcdef" not in done.stderr and "Traceback" not in done.stderr
