@@ -46,7 +46,7 @@ style: setup  ## fix style
 bench: setup  ## print the figures of the model card, one JSON line a script
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-STAGES := decoder_vae vision decoder_unet pretrain_perception sft_retrieval joint sft_generation
+STAGES := decoder_vae vision decoder_unet pretrain_perception sft_retrieval sft_text joint sft_generation
 checkpoints: setup  ## train the embedded default from nothing into checkpoints/ (hours on a CPU; resumes)
 	for stage in $(STAGES); do \
 	  test -f outputs/mini/$$stage/done || { $(CPU) configs/mini/$$stage.yaml && touch outputs/mini/$$stage/done; } || exit 1; \

@@ -23,7 +23,7 @@ setup(
     package_data={
         "dataset_builders": ["**/*.jsonl", "**/*.md"],
         "hub_cards": ["*.jinja"],
-        "agent_generation": ["**/*.jinja"],
+        "agent_generation": ["**/*.jinja", "seeds/*.jsonl"],
     },
     install_requires=[
         "accelerate>=1.15",
@@ -33,12 +33,14 @@ setup(
         "faiss-cpu>=1.15",
         "huggingface_hub>=2.4",
         "jinja2>=3.1",
+        "llguidance>=1.9",
         "openai>=3",
         "peft>=0.21",
         "pillow>=11",
         "pyarrow>=20",
         "pydantic>=2.12",
         "pyyaml>=6",
+        "rapidfuzz>=3.14",
         "rich>=14",
         "safetensors>=0.7",
         "scipy>=1.15",
@@ -64,7 +66,15 @@ setup(
         "stickers": ["av>=18", "emoji>=2.15", "resvg-py>=0.5", "rlottie-python>=1.3.8"],
         # Figures of a dataset's card.
         "dataset": ["matplotlib>=3.10", "wordcloud>=1.9.6"],
-        "eval": ["nltk>=3.9", "rouge-score>=0.1.2"],
+        # The paper's metrics, the questionnaire and the report.
+        "eval": [
+            "matplotlib>=3.10",
+            "nltk>=3.9",
+            "pingouin>=0.7",
+            "rouge-score>=0.1.2",
+            "starlette>=0.50",
+            "uvicorn>=0.38",
+        ],
         "train": ["tensorboard>=2.20"],
         "ray": ["ray>=2.50"],
         "dev": [
@@ -74,6 +84,7 @@ setup(
             "pre-commit>=4.3",
             "pytest>=9",
             "pytest-xdist>=3.8",
+            "ray>=2.50",
             "ruff>=0.14",
             "stickerconv[dataset]",
             "types-PyYAML",

@@ -149,6 +149,13 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
 
         """
         language_model.requires_grad_(False)
+        if (
+            self.config.language_model is not None
+        ):  # in which folder of this machine it was found is nothing to publish
+            name = self.config.language_model["hub_id"]
+            language_model.name_or_path = language_model.config._name_or_path = (
+                self.config.text_config._name_or_path
+            ) = name
         if adapter is not None:
             language_model = PeftModel.from_pretrained(language_model, adapter, is_trainable=True)
         elif self.config.lora is not None:
@@ -215,7 +222,11 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             language_state = {
                 key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
             }
-            self.language_model.save_pretrained(Path(save_directory) / ADAPTER_FOLDER, state_dict=language_state)
+            for adapter in self.language_model.peft_config.values():
+                adapter.base_model_name_or_path = self.config.language_model["hub_id"]
+            self.language_model.save_pretrained(
+                Path(save_directory) / ADAPTER_FOLDER, state_dict=language_state, save_embedding_layers=False
+            )
         own = {key: value for key, value in state_dict.items() if not key.startswith("language_model.")}
         language_model, self.language_model = self.language_model, None
         try:

@@ -47,6 +47,7 @@ STAGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "vision": _vision,
     "pretrain_perception": _language,
     "sft_retrieval": _language,
+    "sft_text": _language,
     "sft_generation": _sft_generation,
     "joint": _language,
 }

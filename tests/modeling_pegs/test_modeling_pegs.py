@@ -152,6 +152,9 @@ def test_a_referenced_language_model_is_left_out_of_the_checkpoint(tmp_path, mon
     again = PegsModel.from_pretrained(tmp_path / "pegs", language_model_path=tmp_path / "backbone")
     ids = torch.randint(3, 200, (1, 9), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(again(input_ids=ids).logits, referring(input_ids=ids).logits)
+    again.save_pretrained(tmp_path / "saved")
+    written = [file for file in (tmp_path / "saved").rglob("*") if file.suffix in (".json", ".md")]
+    assert len(written) > 3 and not any(str(tmp_path) in file.read_text() for file in written)
     with pytest.raises(FileNotFoundError) as caught:
         PegsModel.from_pretrained(tmp_path / "pegs")
     for way in ("language_model_path=", "install a package", "let the Hub be reached to download nobody/nothing"):

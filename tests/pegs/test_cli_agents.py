@@ -1,6 +1,7 @@
 """Agent4SC as its user runs it, against a scripted endpoint."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -78,9 +79,9 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_with(server, profiles, tmp_
 
 def test_profiles_are_written_from_seeds(server, tmp_path):
     def script(body):
-        rng = len(server.bodies)
-        text = f"walk {rng} dogs near bridge {rng * 7} with {rng * 3} old friends under {rng * 5} trees and hum song {rng}"
-        return json.dumps({"name": "Ada", "persona": f"You {text}.", "situation": f"You {text[::-1]} and you {rng}."})
+        rng = random.Random(body["seed"])
+        text = " ".join("".join(rng.choices("bdfgklmnprst", k=4)) for _ in range(25))
+        return json.dumps({"name": "Ada", "persona": f"You are {text}.", "situation": f"You have {text[::-1]}."})
 
     with Server(script) as server:
         done = pegs("profiles", "generate", "-n", 9, "--out", tmp_path / "p.jsonl", "--llm", server.url, "--model", "m", "--emotions", "fear=2,joy=1", "--json")  # fmt: skip
