@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -101,7 +102,7 @@ def card_data(info: DatasetFolder) -> DatasetCardData:
 
 class SplitWriter:
     """
-    One configuration's parquet files, a split each, written a row group at a time.
+    One configuration's parquet files, a split each, written a row group at a time, beside the rows that are being read.
 
     Args:
         folder (`Path`): Where they go.
@@ -115,6 +116,8 @@ class SplitWriter:
         self.waiting: dict[str, list[dict]] = {}
         self.writers: dict[str, pq.ParquetWriter] = {}
         self.sizes: dict[str, SplitSize] = {}
+        self.thread, self.unwritten = ThreadPoolExecutor(1), Future[None]()
+        self.unwritten.set_result(None)
         folder.mkdir(parents=True)
 
     def add(self, split: str, rows: Iterable[dict]) -> None:
@@ -130,7 +133,8 @@ class SplitWriter:
             file = self._file(split)
             self.writers[split] = pq.ParquetWriter(file, self.schema, compression="zstd", write_page_index=True)
             self.sizes[split] = SplitSize(rows=0, num_bytes=0, file_bytes=0)
-        self.writers[split].write_table(table)
+        self.unwritten.result()  # one row group at a time: memory does not grow
+        self.unwritten = self.thread.submit(self.writers[split].write_table, table)
         self.sizes[split].rows += len(table)
         self.sizes[split].num_bytes += table.nbytes
 
@@ -141,6 +145,8 @@ class SplitWriter:
         """Finish the files; returns the size of each split, in the usual order."""
         for split in [split for split, rows in self.waiting.items() if rows]:
             self._write(split)
+        self.unwritten.result()
+        self.thread.shutdown()
         for split, writer in self.writers.items():
             writer.close()
             self.sizes[split].file_bytes = self._file(split).stat().st_size
