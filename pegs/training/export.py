@@ -57,6 +57,9 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
     model.generation_config.sticker_bias = round(bias, 3)
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    compact = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))  # less than half the size
+    (folder / "tokenizer.json").write_text(compact, "utf-8")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["dtype"] = config["text_config"]["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

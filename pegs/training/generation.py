@@ -6,13 +6,16 @@ language model over the data.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from dataset_builders.schema import Sticker
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack, cldr_name, list_hexcodes
 from modeling_pegs import PegsModel, PegsProcessor
@@ -31,36 +34,31 @@ class GenerationArguments(LoopArguments):
 
     Args:
         init_from (`str`): Checkpoint that the stage starts from.
-        dialogue_part (`float`): Share of the samples that are stickers of the training dialogues rather than captions, in `[0, 1]`.
+        parts (`tuple[float, float, float]`): Shares of the samples that are stickers of the training dialogues, requests for stickers of the pack, and names of
+            other OpenMoji drawings, of which no picture is needed (appendix C.1).
         noise (`float`): Standard deviation of the noise on the hidden states, relative to theirs.
-        extra_captions (`bool`): Whether to add the names of the other OpenMoji drawings as captions; no picture is needed (appendix C.1).
 
     """
 
     init_from: str = ""
-    dialogue_part: float = 0.5
+    parts: tuple[float, float, float] = (0.4, 0.3, 0.3)
     noise: float = 0.1
-    extra_captions: bool = field(default=True)
 
 
 class HiddenStates(Dataset):
-    """Pairs of hidden states `(r - k, d)` and caption states `(L, D)`; an index maps to one fixed random draw."""
+    """Pairs of hidden states `(r - k, d)` and caption states `(L, D)` from groups of them; an index maps to one fixed random draw."""
 
-    def __init__(
-        self, hidden: torch.Tensor, states: torch.Tensor, num_dialogues: int, args: GenerationArguments
-    ) -> None:
-        self.hidden, self.states, self.num_dialogues, self.args = hidden, states, num_dialogues, args
+    def __init__(self, hidden: list[torch.Tensor], states: list[torch.Tensor], args: GenerationArguments) -> None:
+        self.hidden, self.states, self.args = hidden, states, args
 
     def __len__(self) -> int:
         return self.args.max_steps * self.args.batch_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((self.args.seed, index))
-        low, high = self.num_dialogues, len(self.hidden)
-        if rng.random() < self.args.dialogue_part:
-            low, high = 0, self.num_dialogues
-        i = int(rng.integers(low, high))
-        return {"hidden": self.hidden[i], "states": self.states[i]}
+        group = int(rng.choice(len(self.hidden), p=self.args.parts))
+        i = int(rng.integers(len(self.hidden[group])))
+        return {"hidden": self.hidden[group][i], "states": self.states[group][i]}
 
 
 @torch.no_grad()
@@ -77,40 +75,47 @@ def generation_hidden_states(
     return torch.cat(states)
 
 
+def sticker_requests(sticker: Sticker) -> list[str]:
+    """Ways to ask for a sticker, by what its pack says of it."""
+    return [sticker.caption, sticker.tags[0], sticker.description, ", ".join(sticker.tags[:3])]
+
+
 def train_generation(args: GenerationArguments) -> None:
     """Train the feature mapper by MSE to caption states (eq. 9) and save the whole checkpoint."""
     model = PegsModel.from_pretrained(args.init_from)
     processor = PegsProcessor.from_pretrained(args.init_from)
     pack = cached_pack()
-    sessions = load_mini("train")
+    sessions = [s for s in load_mini("train") if any(turn.system.sticker for turn in s.turns)]
+    sessions.sort(key=lambda session: len(session.turns))  # alike in length, so that batches are padded little
     sent = [turn.system.sticker.id for s in sessions for turn in s.turns if turn.system.sticker is not None]
-    captions = [sticker.caption for sticker in pack.split("train")]
-    if args.extra_captions:
-        in_pack = {sticker.image_path.removesuffix(".png") for sticker in pack.stickers}
-        names = (cldr_name(hexcode) for hexcode in list_hexcodes() if hexcode not in in_pack)
-        captions += sorted({name for name in names if name})
-    blank = pack.images[sent[0]]  # what the assistant sends comes after the span, so it cannot matter
-    requests = [
-        [
-            {"role": "user", "content": [{"type": "text", "text": caption}]},
-            {"role": "assistant", "content": [{"type": "image", "image": blank}]},
+    asked = [(request, sticker.caption) for sticker in pack.split("train") for request in sticker_requests(sticker)]
+    in_pack = {sticker.image_path.removesuffix(".png") for sticker in pack.stickers}
+    others = {cldr_name(hexcode) for hexcode in list_hexcodes() if hexcode not in in_pack} - {None}
+    asked += [(name, name) for name in sorted(others)]
+    groups = [len(sent), len(asked) - len(others), len(others)]
+
+    cache = Path(args.output_dir) / "state" / "hidden.safetensors"
+    if not cache.is_file():
+        blank = pack.images[sent[0]]  # what the assistant sends comes after the span, so it cannot matter
+        requests = [
+            [
+                {"role": "user", "content": [{"type": "text", "text": request}]},
+                {"role": "assistant", "content": [{"type": "image", "image": blank}]},
+            ]
+            for request, _ in asked
         ]
-        for caption in captions
-    ]
-    dialogues = [session_messages(session, pack) for session in sessions]
-    dialogues = [d for d, s in zip(dialogues, sessions, strict=True) if any(t.system.sticker for t in s.turns)]
-    long, short = (
-        generation_hidden_states(model, processor, dialogues, 4),
-        generation_hidden_states(model, processor, requests, 32),
+        dialogues = [session_messages(session, pack) for session in sessions]
+        long = generation_hidden_states(model, processor, dialogues, 4)
+        short = generation_hidden_states(model, processor, requests, 32)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": torch.cat([long, short])}, cache)
+    hidden = load_file(cache)["hidden"]
+    states = encode_captions(
+        [pack.by_id[i].caption for i in sent] + [caption for _, caption in asked], model.config.prompt_length
     )
-    hidden = torch.cat([long, short])
-    states = encode_captions([pack.by_id[i].caption for i in sent] + captions, model.config.prompt_length)
     spread = hidden.std(dim=0, keepdim=True)
     logger.info(
-        "%d stickers of dialogues, %d captions; variance of the targets %.4f",
-        len(sent),
-        len(captions),
-        states.var(0).mean(),
+        "stickers of dialogues, of requests, of names: %s; variance of the targets %.4f", groups, states.var(0).mean()
     )
 
     def loss_fn(mapper: torch.nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
@@ -118,6 +123,7 @@ def train_generation(args: GenerationArguments) -> None:
         output = mapper(batch["hidden"] + args.noise * spread.to(noise.device) * noise)
         return F.mse_loss(output.float(), batch["states"])
 
-    train_loop(args, model.feature_mapper, HiddenStates(hidden, states, len(sent), args), loss_fn)
+    dataset = HiddenStates(list(hidden.split(groups)), list(states.split(groups)), args)
+    train_loop(args, model.feature_mapper, dataset, loss_fn)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
