@@ -60,7 +60,12 @@ def test_sessions_with_the_wanted_rate_within_a_budget(server, profiles, tmp_pat
 
 def test_ctrl_c_leaves_what_the_same_command_goes_on_with(server, profiles, tmp_path):
     args = generate(server, profiles, tmp_path / "run", "-n", 8, "--concurrency", 2, "--json")
-    child = subprocess.Popen([PEGS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [PEGS, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background have it ignored
+    )
     before = len(server.bodies)
     while len(server.bodies) < before + 40 and child.poll() is None:
         time.sleep(0.02)
