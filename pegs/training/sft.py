@@ -1,0 +1,147 @@
+"""Stages that fine-tune a bare language model on chats, by TRL: the baselines of section 6.2, and the agents of the embedded writer."""
+
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from agent_generation.llm import Request
+from agent_generation.tool import Toolbox
+from dataset_builders.schema import Session
+from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.stickers.encoder import TextEncoder
+from dataset_builders.stickers.openmoji import cached_pack
+from pegs.adapters import EMBEDDED, load_language_model, save_adapter
+from pegs.agent_tools import load_toolbox
+from pegs.evaluation.baselines import baseline_chat
+from pegs.training.agent_examples import Replay
+from pegs.training.language import LogLine
+
+
+logger = logging.getLogger(__name__)
+
+# SmolLM2's chat template, with marks around what an assistant says; TRL has those of other families
+SMOLLM2_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class SftArguments:
+    """
+    Parameters of the stages `baseline_text`, `baseline_tool` and `sft_agents`.
+
+    Args:
+        data (`str`): `"text"` or `"tool"` (see [`baseline_chat`]), or `"agents"`.
+        output_dir (`str`): Where the adapter goes.
+        language_model (`dict`): What is trained; see [`find_language_model`].
+        init_from (`str`): PEGS checkpoint whose adapter is merged into the language model first; none if empty.
+        lora (`dict`): Arguments of `peft.LoraConfig`.
+        shares (`dict[str, float]`): Of `"agents"`: how many of a session's questions are learned, by the form of their answer.
+        seed (`int`): Seed of the draws, data order and dropout.
+        trainer (`dict`): Arguments of `trl.SFTConfig`; longer chats than its `max_length` are left out, since their answer would be cut off.
+
+    """
+
+    data: str
+    output_dir: str
+    language_model: dict = field(default_factory=lambda: dict(EMBEDDED))
+    init_from: str = ""
+    lora: dict = field(default_factory=dict)
+    shares: dict = field(default_factory=dict)
+    seed: int = 0
+    trainer: dict = field(default_factory=dict)
+
+
+class AnswerTrainer(SFTTrainer):
+    """TRL's trainer, with logits only where there is something to learn: a tenth of the tokens, of a vocabulary that costs more than the layers."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the answers."""
+        language_model = self.accelerator.unwrap_model(model).get_base_model()
+        hidden = language_model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        labels = inputs["labels"][:, 1:]
+        learned = labels != -100
+        logits = language_model.lm_head(hidden[:, :-1][learned])
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum")
+        loss = loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def agent_chats(session: Session, toolbox: Toolbox, shares: dict[str, float], seed: int) -> Iterator[list[dict]]:
+    """
+    Some of the questions that a session answers, as chats.
+
+    Of the messages of either side one is drawn: its question holds those before it as what the agent said.
+    """
+    rng = random.Random(f"{seed}/{session.session_id}")
+    sides: dict[str, list[tuple[Request, str]]] = {"user": [], "system": []}
+    for request, answer in Replay(session, toolbox).examples():
+        if request.answer is None:
+            sides[request.role].append((request, answer))
+        elif rng.random() < shares.get(request.answer.__name__, 0.0):
+            yield [*request.messages, {"role": "assistant", "content": answer}]
+    for asked in sides.values():
+        request, answer = rng.choice(asked)
+        yield [*request.messages, {"role": "assistant", "content": answer}]
+
+
+def make_chats(args: SftArguments) -> list[list[dict]]:
+    """Chats of the training sessions."""
+    sessions, pack = load_mini("train"), cached_pack()
+    if args.data == "agents":
+        toolbox, _ = load_toolbox("openmoji", TextEncoder())
+        return [chat for session in sessions for chat in agent_chats(session, toolbox, args.shares, args.seed)]
+    if args.data not in ("text", "tool"):
+        raise ValueError(f"`data` must be text, tool or agents, got {args.data!r}.")
+    return [baseline_chat(session, pack, with_tool=args.data == "tool") for session in sessions]
+
+
+def train_sft(args: SftArguments) -> None:
+    """Train an adapter on what the assistant says in chats, and save it in half precision."""
+    set_seed(args.seed)
+    merged = [Path(args.init_from) / "adapter"] if args.init_from else []
+    model, tokenizer = load_language_model(args.language_model, merged)
+    if args.language_model["hub_id"] == EMBEDDED["hub_id"]:
+        tokenizer.chat_template = SMOLLM2_TEMPLATE
+    chats = make_chats(args)
+    lengths = [len(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]) for chat in chats]
+    short = [chat for chat, length in zip(chats, lengths, strict=True) if length <= args.trainer["max_length"]]
+    logger.info(
+        "%d of %d chats are short enough, %d tokens",
+        len(short),
+        len(chats),
+        sum(n for n in lengths if n <= args.trainer["max_length"]),
+    )
+    config = SFTConfig(
+        output_dir=f"{args.output_dir}/trainer",
+        assistant_only_loss=True,
+        report_to="none",
+        seed=args.seed,
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        lr_scheduler_type="cosine",
+        **args.trainer,
+    )
+    trainer = AnswerTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([{"messages": chat} for chat in short]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **args.lora),
+        callbacks=[LogLine()],
+    )
+    begun = Path(config.output_dir).is_dir()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if begun else None)
+    save_adapter(trainer.model, Path(args.output_dir), args.language_model["hub_id"])

@@ -1,0 +1,95 @@
+"""The stages that TRL runs: what is learned, what is saved, and what comes back."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from dataset_builders.stickerconv.sessions import load_mini
+from modeling_pegs.backbones import find_language_model
+from pegs.adapters import EMBEDDED, load_adapted, load_language_model
+from pegs.training import sft
+from pegs.training.stages import build_arguments, load_config
+from tests.pegs.test_training import ROOT
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(find_language_model(EMBEDDED))
+
+
+@pytest.fixture
+def tiny_model(tmp_path, tokenizer, monkeypatch):
+    folder = tmp_path / "llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setenv("PEGS_LANGUAGE_MODEL", str(folder))
+    return folder
+
+
+def test_marks_change_nothing_that_is_read(tokenizer):
+    chats = [
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Yes?"}],
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Action: x\n"}, {"role": "tool", "content": "Observation: y"}],
+    ]  # fmt: skip
+    for chat in chats:
+        for generate in (False, True):
+            plain = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate)
+            marked = tokenizer.apply_chat_template(chat, chat_template=sft.SMOLLM2_TEMPLATE, tokenize=False, add_generation_prompt=generate)  # fmt: skip
+            assert marked == plain
+    marked = tokenizer.apply_chat_template(chats[2], chat_template=sft.SMOLLM2_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True)  # fmt: skip
+    learned = [i for i, mask in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(learned) == "Action: x\n<|im_end|>"
+
+
+@pytest.mark.parametrize("data", ["text", "tool", "agents"])
+def test_an_adapter_is_trained_saved_and_found_again(data, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(sft, "load_mini", lambda split: load_mini(split)[:4])
+    stage = "sft_agents" if data == "agents" else f"baseline_{data}"
+    values = load_config(str(ROOT / f"configs/mini/{stage}.yaml"), ["--output_dir", str(tmp_path / "out")])
+    values["init_from"] = ""
+    values["trainer"] |= {"max_steps": 2, "logging_steps": 1, "bf16": False, "gradient_accumulation_steps": 1}
+    del values["stage"]
+    sft.train_sft(build_arguments(sft.SftArguments, values))
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == EMBEDDED["hub_id"]
+    with safe_open(tmp_path / "out/adapter_model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    adapted, _ = load_adapted(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    changed = {name for name, tensor in adapted.state_dict().items() if not tensor.equal(plain.state_dict()[name])}
+    assert changed and all("proj" in name for name in changed)
+
+
+def test_the_shipped_agents_adapter_changes_what_the_model_says(tokenizer):
+    from pegs.agent_tools import AGENTS, DEFAULT_MODEL
+
+    ids = tokenizer("Hello", return_tensors="pt")
+    logits = [
+        load_language_model(EMBEDDED, adapters)[0](**ids).logits
+        for adapters in ([], [DEFAULT_MODEL / "adapter"], [DEFAULT_MODEL / "adapter", AGENTS])
+    ]
+    assert not logits[0].allclose(logits[1]) and not logits[1].allclose(logits[2])
+
+
+def test_chats_of_agents_end_with_their_answer():
+    from dataset_builders.stickers.encoder import TextEncoder
+    from pegs.agent_tools import load_toolbox
+
+    toolbox, _ = load_toolbox("openmoji", TextEncoder())
+    session = next(s for s in load_mini("train") if any(turn.system.sticker for turn in s.turns))
+    forms = ("FreeIntention", "DueIntention", "Query", "Choice", "StickerReview", "DialogueReview")
+    chats = list(sft.agent_chats(session, toolbox, dict.fromkeys(forms, 1.0), 0))
+    answers = [chat[-1]["content"] for chat in chats]
+    assert all(chat[-1]["role"] == "assistant" for chat in chats)
+    said = {message.text for turn in session.turns for message in (turn.user, turn.system)}
+    assert [answer in said for answer in answers[-2:]] == [True, True]
+    keys = {tuple(json.loads(answer)) for answer in answers[:-2]}
+    assert {("choice",), ("query", "emotion"), ("reason", "consistent")} <= keys
