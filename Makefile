@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test test-all lint style bench checkpoints evaluate-mini browser clean
+.PHONY: help setup chat test test-all lint style bench checkpoints agents generate-demo reproduce evaluate-mini browser clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -52,6 +52,29 @@ checkpoints: setup  ## train the embedded default from nothing into checkpoints/
 	  test -f outputs/mini/$$stage/done || { $(CPU) configs/mini/$$stage.yaml && touch outputs/mini/$$stage/done; } || exit 1; \
 	done
 	$(BIN)/python -m pegs.training.export --language outputs/mini/sft_generation --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
+
+agents: setup  ## train the adapter with which the embedded default writes dialogues (half an hour on a CPU; resumes)
+	$(CPU) configs/mini/sft_agents.yaml
+	mkdir -p checkpoints/agent4sc-mini && cp outputs/mini/sft_agents/adapter_* checkpoints/agent4sc-mini/
+
+generate-demo: setup  ## 20 dialogues with stickers by the embedded default, into outputs/demo (a quarter of an hour)
+	$(BIN)/pegs profiles seeds --out outputs/demo/profiles.jsonl
+	$(BIN)/pegs generate --profiles outputs/demo/profiles.jsonl --out outputs/demo/run -n 20
+
+MODELS := pegs-ret pegs-gen pegs-rag baseline-text baseline-tool
+MADE := outputs/reproduce
+reproduce: setup  ## PEGS against the baselines at the mini scale, from training these to the report in outputs/reproduce (an hour; resumes)
+	for name in text tool; do \
+	  test -f outputs/mini/baseline_$$name/done || { $(CPU) configs/mini/baseline_$$name.yaml && touch outputs/mini/baseline_$$name/done; } || exit 1; \
+	done
+	for model in $(MODELS); do \
+	  case $$model in baseline-*) from="--baseline outputs/mini/baseline_$${model#*-}";; *) from=;; esac; \
+	  $(BIN)/pegs evaluate predict --variant $${model#*-} $$from --out $(MADE)/predictions/$$model.jsonl || exit 1; \
+	done
+	$(BIN)/pegs evaluate text $(MODELS:%=$(MADE)/predictions/%.jsonl) --out $(MADE)/results
+	$(BIN)/pegs evaluate mm $(MODELS:%=$(MADE)/predictions/%.jsonl) --tower mini --out $(MADE)/results
+	test -f $(MADE)/stickerconv/statistics.json || { $(BIN)/pegs dataset build mini --out $(MADE)/stickerconv && $(BIN)/pegs dataset stats $(MADE)/stickerconv; }
+	$(BIN)/pegs evaluate report $(MADE)/results --predictions $(MADE)/predictions --dataset $(MADE)/stickerconv/statistics.json --against baseline-tool --out $(MADE)/report
 
 evaluate-mini: setup  ## print the figures of the mini model's card and draw its contact sheets
 	$(BIN)/python benchmarks/mini.py

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pegs.cli_agents import generate, profiles_app
 from pegs.cli_dataset import dataset_app
+from pegs.cli_evaluate import evaluate_app
 from pegs.cli_hub import card, push
 from pegs.cli_stickers import JsonOption, StickersOption, stickers_app
 from pegs.errors import InputError
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(stickers_app, name="stickers")
 app.add_typer(dataset_app, name="dataset")
 app.add_typer(profiles_app, name="profiles")
+app.add_typer(evaluate_app, name="evaluate")
 app.command(
     epilog="Example: pegs generate --profiles profiles.jsonl --out runs/demo -n 100 --llm http://127.0.0.1:8000/v1 --model qwen3"
 )(generate)

@@ -41,6 +41,12 @@ def _sft_generation(values: dict[str, Any]) -> None:
     generation.train_generation(build_arguments(generation.GenerationArguments, values))
 
 
+def _sft(values: dict[str, Any]) -> None:
+    from pegs.training import sft
+
+    sft.train_sft(build_arguments(sft.SftArguments, values))
+
+
 STAGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "decoder_vae": _decoder_vae,
     "decoder_unet": _decoder_unet,
@@ -50,6 +56,9 @@ STAGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "sft_text": _language,
     "sft_generation": _sft_generation,
     "joint": _language,
+    "sft_agents": _sft,
+    "baseline_text": _sft,
+    "baseline_tool": _sft,
 }
 
 

@@ -1,0 +1,471 @@
+"""Predictions: a model's reply to every System turn of a split (section 6), one JSON line a turn, the input of all metrics."""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from PIL import Image
+from pydantic import Field, ValidationError, model_validator
+
+from agent_generation.engine import seed_of
+from dataset_builders.schema import Emotion, Message, Record, Session, Sticker, Turn
+from dataset_builders.stickerconv.sessions import SessionError, describe, load_mini, read_sessions
+from dataset_builders.stickers.pack import StickerPack
+from pegs.errors import InputError
+from pegs.training.dialogues import turn_contexts
+from pipelines.pipeline_pegs import PegsPipeline
+
+
+class SentSticker(Record):
+    """
+    A sticker in a prediction row: one of the pack (`id`), or a drawn one (`picture`, a file named relative to the predictions).
+
+    What is known of it comes along, so that a judge needs no pack; of a drawn one nothing is.
+    """
+
+    id: str | None = None
+    picture: str | None = None
+    emotion: Emotion | None = None
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> "SentSticker":
+        if (self.id is None) == (self.picture is None):
+            raise ValueError("a sticker has either an `id` or a `picture`")
+        return self
+
+
+class Said(Record):
+    """Text and sticker of one side."""
+
+    text: str
+    sticker: SentSticker | None = None
+
+
+class Line(Said):
+    """A message of the context."""
+
+    role: Literal["user", "assistant"]
+
+
+class Prediction(Record):
+    """
+    A row: one System turn, what the dataset's System says there, and what a model says.
+
+    `gold_rank` (0-based, among the `candidates` stickers of the session's database) and `sticker_logit` (log-odds of a sticker against the end of the reply)
+    are the model's after the reference's text; `None` where the reference has no sticker or the model has no such scores.
+    """
+
+    session_id: str
+    turn: int = Field(ge=1)
+    context: tuple[Line, ...] = Field(min_length=1)
+    reference: Said
+    predicted: Said
+    gold_rank: int | None = Field(default=None, ge=0)
+    candidates: int | None = Field(default=None, ge=1)
+    sticker_logit: float | None = None
+    model: str = Field(min_length=1)
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Name of the turn, the same for all models."""
+        return f"{self.session_id}/{self.turn}"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A predictions file: `rows` of one model, in order, each turn once."""
+
+    path: Path
+    rows: tuple[Prediction, ...]
+
+    @property
+    def model(self) -> str:
+        """Name of the model that wrote them."""
+        return self.rows[0].model
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the turns."""
+        return [row.key for row in self.rows]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def only(self, keys: Sequence[str]) -> "Predictions":
+        """The rows of some turns, in their order."""
+        by_key = {row.key: row for row in self.rows}
+        return Predictions(self.path, tuple(by_key[key] for key in keys))
+
+    def picture_bytes(self, sticker: SentSticker, pack: StickerPack) -> bytes:
+        """
+        A sticker's encoded picture.
+
+        Raises:
+            InputError: If the pack does not hold it, or the file cannot be read.
+
+        """
+        if sticker.id is not None:
+            if sticker.id not in pack.by_id:
+                raise InputError(f"{self.path}: sticker {sticker.id!r} is not in the pack {pack.info.name}.")
+            return pack.still(sticker.id)
+        file = self.path.parent / str(sticker.picture)
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.path}: picture {file}: {error.strerror}.") from None
+
+    def image(self, sticker: SentSticker, pack: StickerPack) -> Image.Image:
+        """A sticker's picture, RGBA; raises as [`picture_bytes`] does."""
+        try:
+            return Image.open(io.BytesIO(self.picture_bytes(sticker, pack))).convert("RGBA")
+        except OSError:
+            raise InputError(f"{self.path}: {sticker.id or sticker.picture} is not a readable picture.") from None
+
+
+def read_predictions(path: Path) -> Predictions:
+    """
+    Read a predictions file.
+
+    Raises:
+        InputError: If it cannot be read, a row is wrong, a turn comes twice or there are two models; the message names file, line and field.
+
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}.") from None
+    rows: dict[str, Prediction] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = Prediction.model_validate_json(line)
+        except ValidationError as error:
+            raise InputError(f"{path}:{number}: {describe(error)}") from None
+        first = next(iter(rows.values()), row)
+        if row.key in rows:
+            raise InputError(f"{path}:{number}: turn: {row.key} was there before.")
+        if row.model != first.model:
+            raise InputError(f"{path}:{number}: model: expected {first.model!r} as in line 1, got {row.model!r}.")
+        rows[row.key] = row
+    if not rows:
+        raise InputError(f"{path}: has no rows.")
+    return Predictions(path, tuple(rows.values()))
+
+
+def read_all(paths: Sequence[Path]) -> list[Predictions]:
+    """
+    Read the predictions of several models.
+
+    Raises:
+        InputError: As [`read_predictions`], or if two files are of the same model.
+
+    """
+    runs = [read_predictions(path) for path in paths]
+    by_model: dict[str, Path] = {}
+    for run in runs:
+        if run.model in by_model:
+            raise InputError(f"{run.path}: model: {run.model!r} is also in {by_model[run.model]}.")
+        by_model[run.model] = run.path
+    return runs
+
+
+def common_turns(runs: Sequence[Predictions]) -> list[str]:
+    """
+    Names of the turns that all models answered, in the first one's order.
+
+    Raises:
+        InputError: If there are none.
+
+    """
+    shared = set.intersection(*(set(run.keys) for run in runs))
+    if not shared:
+        raise InputError(f"{runs[-1].path}: session_id, turn: no turn is in all of the predictions.")
+    return [key for key in runs[0].keys if key in shared]
+
+
+@dataclass(frozen=True)
+class SystemTurn:
+    """A turn to answer: its session, what the dataset's System says, and all messages before it in the chat format."""
+
+    session: Session
+    turn: Turn
+    context: list[dict]
+
+
+@dataclass
+class Reply:
+    """A model's answer to a [`SystemTurn`]; a sticker is one of the pack or drawn. The scores are those of [`Prediction`]."""
+
+    text: str
+    sticker_id: str | None = None
+    drawn: Image.Image | None = None
+    gold_rank: int | None = None
+    candidates: int | None = None
+    sticker_logit: float | None = None
+
+
+class Predictor(Protocol):
+    """A model under evaluation; baselines are others."""
+
+    model: str
+
+    def __call__(self, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
+        """Answer a batch of turns; the same seed gives the same replies."""
+
+
+def read_split(source: str, split: str, limit: int = 0) -> list[Session]:
+    """
+    Sessions of a split.
+
+    Args:
+        source (`str`): A JSON Lines file of sessions, or `mini`.
+        split (`str`): `train`, `validation` or `test`.
+        limit (`int`, *optional*, defaults to 0): Only the first so many, 0 for all.
+
+    Raises:
+        InputError: If the file is wrong, or has none of that split.
+
+    """
+    try:
+        sessions = load_mini() if source == "mini" else read_sessions(source)
+    except OSError as error:
+        raise InputError(f"--sessions {source}: {error.strerror}.") from None
+    except SessionError as error:
+        raise InputError(str(error)) from None
+    chosen = [session for session in sessions if session.split == split]
+    if not chosen:
+        raise InputError(f"--sessions {source}: no session is of the split {split!r}.")
+    return chosen[: limit or None]
+
+
+def system_turns(sessions: Sequence[Session], pack: StickerPack) -> Iterator[SystemTurn]:
+    """Every System turn with all earlier messages as context (section 6)."""
+    for session in sessions:
+        for turn, context in zip(session.turns, turn_contexts(session, pack), strict=True):
+            yield SystemTurn(session, turn, context)
+
+
+def sent(message: Message, pack: StickerPack) -> Said:
+    """A dataset's message as predictions hold it."""
+    if message.sticker is None:
+        return Said(text=message.text)
+    return Said(text=message.text, sticker=sent_sticker(pack.by_id[message.sticker.id]))
+
+
+def sent_sticker(sticker: Sticker) -> SentSticker:
+    """A pack's sticker as predictions hold it."""
+    return SentSticker(id=sticker.id, emotion=sticker.emotion, description=sticker.description)
+
+
+def run_predictions(
+    predictor: Predictor,
+    turns: Sequence[SystemTurn],
+    pack: StickerPack,
+    out: Path,
+    seed: int = 0,
+    batch_size: int = 16,
+    on_row: Callable[[int], object] = lambda done: None,
+) -> Predictions:
+    """
+    Write a model's replies to all turns, a batch at a time; the same call goes on where a killed one stopped.
+
+    Batches begin at multiples of `batch_size` and draw from a seed of their own, so an interrupted run ends in the same file as a straight one. Drawn stickers go
+    into the folder `<out>.pictures`.
+
+    Args:
+        predictor ([`Predictor`]): Answers.
+        turns (`Sequence[SystemTurn]`): All of them, in order.
+        pack ([`StickerPack`]): What is known about the stickers.
+        out (`Path`): JSON Lines file.
+        seed (`int`, *optional*, defaults to 0): Seed of the run.
+        batch_size (`int`, *optional*, defaults to 16): Turns at once.
+        on_row (`Callable`, *optional*): Called with the number of rows done after each batch.
+
+    Returns:
+        [`Predictions`].
+
+    Raises:
+        InputError: If `out` holds the rows of another run.
+
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = _whole_lines(out)
+    _check_same_run(out, lines, turns, predictor.model, seed)
+    if len(lines) < len(turns):
+        lines = lines[: len(lines) // batch_size * batch_size]
+    with out.open("r+b" if out.is_file() else "w+b") as file:
+        file.truncate(sum(map(len, lines)))
+        file.seek(0, os.SEEK_END)
+        for start in range(len(lines), len(turns), batch_size):
+            batch = turns[start : start + batch_size]
+            replies = predictor(batch, seed_of(f"{seed}/{batch[0].session.session_id}/{batch[0].turn.turn}"))
+            rows = [_row(turn, reply, predictor.model, seed, pack, out) for turn, reply in zip(batch, replies, strict=True)]  # fmt: skip
+            file.write(b"".join(row.model_dump_json(exclude_defaults=True).encode() + b"\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+            on_row(start + len(batch))
+    return read_predictions(out)
+
+
+def _whole_lines(out: Path) -> list[bytes]:
+    """Lines that were written to their end."""
+    if not out.is_file():
+        return []
+    return [line for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _check_same_run(out: Path, lines: Sequence[bytes], turns: Sequence[SystemTurn], model: str, seed: int) -> None:
+    for number, (line, turn) in enumerate(zip(lines, turns, strict=False), start=1):
+        try:
+            row = Prediction.model_validate_json(line)
+        except ValidationError as error:
+            raise InputError(f"--out {out}:{number}: {describe(error)}") from None
+        found, expected = (row.key, row.model, row.seed), (f"{turn.session.session_id}/{turn.turn.turn}", model, seed)
+        for field, is_value, must_be in zip(("turn", "model", "seed"), found, expected, strict=True):
+            if is_value != must_be:
+                raise InputError(f"--out {out}:{number}: {field}: this run has {must_be!r}, the file {is_value!r}; choose another file.")  # fmt: skip
+    if len(lines) > len(turns):
+        raise InputError(f"--out {out}:{len(turns) + 1}: turn: this run has no more than {len(turns)} turns.")
+
+
+def _row(turn: SystemTurn, reply: Reply, model: str, seed: int, pack: StickerPack, out: Path) -> Prediction:
+    sticker = sent_sticker(pack.by_id[reply.sticker_id]) if reply.sticker_id else None
+    session, number = turn.session, turn.turn.turn
+    if reply.drawn is not None:
+        folder = out.with_name(f"{out.name}.pictures")
+        folder.mkdir(exist_ok=True)
+        name = f"{hashlib.sha256(session.session_id.encode()).hexdigest()[:16]}-{number}.png"
+        reply.drawn.save(folder / name)
+        sticker = SentSticker(picture=f"{folder.name}/{name}")
+    context = []
+    for past in session.turns[:number]:
+        context.append(Line(role="user", **dict(sent(past.user, pack))))
+        if past.turn < number:
+            context.append(Line(role="assistant", **dict(sent(past.system, pack))))
+    return Prediction(
+        session_id=session.session_id,
+        turn=number,
+        context=tuple(context),
+        reference=sent(turn.turn.system, pack),
+        predicted=Said(text=reply.text, sticker=sticker),
+        gold_rank=reply.gold_rank,
+        candidates=reply.candidates,
+        sticker_logit=reply.sticker_logit,
+        model=model,
+        seed=seed,
+    )
+
+
+class PegsPredictor:
+    """
+    PEGS under evaluation: replies in batches, stickers from the session's own database.
+
+    Args:
+        pipeline ([`PegsPipeline`]): Model, pack and decoder.
+        variant (`str`): `"ret"`, `"gen"` or `"rag"`.
+        model (`str`): Name that the rows carry.
+        generate_kwargs: More arguments of `PegsModel.generate`.
+
+    """
+
+    def __init__(self, pipeline: PegsPipeline, variant: str, model: str, **generate_kwargs: object) -> None:
+        self.pipeline, self.variant, self.model, self.generate_kwargs = pipeline, variant, model, generate_kwargs
+        self.pack: StickerPack = pipeline.pack  # type: ignore[assignment]
+        self.rows = {sticker_id: row for row, sticker_id in enumerate(pipeline.pack_ids)}
+        self.databases: dict[int, list[str]] = {}
+
+    def __call__(self, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
+        """Answer a batch of turns; see [`Predictor`]."""
+        processor, model = self.pipeline.processor, self.pipeline.model
+        inputs = processor.apply_chat_template(
+            [turn.context for turn in turns], add_generation_prompt=True, tokenize=True, return_tensors="pt"
+        ).to(model.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # noqa: TID251  transformers samples from the global generator only
+            output = model.generate(**inputs, **self.generate_kwargs)
+        new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+        replies = [Reply(processor.decode(ids, skip_special_tokens=True).strip()) for ids in new_ids]
+        sending = output.sticker_mask.nonzero().flatten().tolist()
+        best = {row: self._nearest(turns[row], output.sticker_queries[row]) for row in sending if output.sticker_queries is not None}  # fmt: skip
+        if self.variant != "ret" and sending:
+            self._draw(turns, replies, sending, output.sticker_prompt_embeds, best, seed)
+        for row in sending:
+            if replies[row].drawn is None and row in best:
+                replies[row].sticker_id = best[row]
+        self._score_references(turns, replies)
+        return replies
+
+    def _candidates(self, session: Session) -> list[str]:
+        number = session.database if self.pack.databases else 0
+        if number not in self.databases:
+            stickers = self.pack.database(number) if number else self.pack.stickers
+            self.databases[number] = [sticker.id for sticker in stickers]
+        return self.databases[number]
+
+    def _ranked(self, session: Session, query: torch.Tensor) -> list[str]:
+        ids = self._candidates(session)
+        vectors = self.pipeline.pack_embeds[[self.rows[i] for i in ids]]
+        order = (vectors @ query.to(vectors)).argsort(descending=True, stable=True)
+        return [ids[i] for i in order.tolist()]
+
+    def _nearest(self, turn: SystemTurn, query: torch.Tensor) -> str:
+        """The nearest sticker of the database that the System has not sent yet, as in the chat."""
+        past = turn.session.turns[: turn.turn.turn - 1]
+        seen = {before.system.sticker.id for before in past if before.system.sticker}
+        ranked = self._ranked(turn.session, query)
+        return next((sticker_id for sticker_id in ranked if sticker_id not in seen), ranked[0])
+
+    def _draw(
+        self,
+        turns: Sequence[SystemTurn],
+        replies: Sequence[Reply],
+        sending: Sequence[int],
+        prompt_embeds: torch.Tensor,
+        best: dict[int, str],
+        seed: int,
+    ) -> None:
+        """Draw the stickers of a batch; one that the safety check blocks is left out."""
+        drawn = self.pipeline.decoder(
+            prompt_embeds=prompt_embeds[sending],
+            init_image=[self.pack.image(best[row]) for row in sending] if self.variant == "rag" else None,
+            generator=[torch.Generator().manual_seed((seed + row) % 2**31) for row in sending],
+        )
+        for row, image, blocked in zip(sending, drawn.images, drawn.blocked, strict=True):
+            replies[row].drawn = None if blocked is not None else image
+
+    @torch.no_grad()
+    def _score_references(self, turns: Sequence[SystemTurn], replies: Sequence[Reply]) -> None:
+        """After the reference's text: would a sticker follow, and where does the gold one rank? One forward pass, no sampling."""
+        processor, model = self.pipeline.processor, self.pipeline.model
+        gold = [{"role": "assistant", "content": [{"type": "text", "text": turn.turn.system.text}]} for turn in turns]
+        dialogues = [[*turn.context, message] for turn, message in zip(turns, gold, strict=True)]
+        texts = [
+            text.rpartition(processor.tokenizer.eos_token)[0] for text in processor.apply_chat_template(dialogues)
+        ]
+        images = [p["image"] for d in dialogues for m in d for p in m["content"] if p["type"] == "image"]
+        inputs = processor(
+            texts, images, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        eos = model.generation_config.eos_token_id
+        logits = output.logits[:, -1].float()
+        ends = logits[:, eos if isinstance(eos, list) else [eos]].logsumexp(-1)
+        odds = (logits[:, model.config.img_token_ids[0]] - ends).tolist()
+        spans = model.compute_img_span(inputs["attention_mask"], output.past_key_values)
+        for row, (turn, reply) in enumerate(zip(turns, replies, strict=True)):
+            reply.sticker_logit = odds[row]
+            sticker = turn.turn.system.sticker
+            if sticker is None or model.retrieval_head is None or sticker.id not in self._candidates(turn.session):
+                continue
+            query = model.retrieval_head.embed_text(spans[row : row + 1, : model.config.num_retrieval_tokens])[0]
+            reply.gold_rank = self._ranked(turn.session, query.float()).index(sticker.id)
+            reply.candidates = len(self._candidates(turn.session))

@@ -1,0 +1,202 @@
+"""What a metric family writes for a model: values with bootstrap intervals, and the figures of every turn that they come from."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import JsonValue, ValidationError
+
+from dataset_builders.schema import Record
+from dataset_builders.stickerconv.sessions import describe
+from pegs.errors import InputError
+
+
+ROUNDS = 1000  # of the bootstrap
+LEVEL = 0.95
+
+Family = Literal["text", "mm", "llm", "human"]
+Columns = Mapping[str, np.ndarray]
+Statistic = Callable[[Columns, np.ndarray], np.ndarray]
+"""A metric of figures `(n,)` by name, under weights `(rounds, n)` of the turns: `(rounds,)`."""
+
+
+class Metric(Record):
+    """A metric's value, its 95 % interval, and how many turns it is of; `None` where there is nothing to measure."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int
+
+
+class Result(Record):
+    """
+    One model's figures of one family.
+
+    `turns` names the turns, `scores` holds their figures in that order. `settings` say with what it was measured (encoders, judge, file), `details` what else was found.
+    """
+
+    family: Family
+    model: str
+    settings: dict[str, JsonValue]
+    metrics: dict[str, Metric]
+    details: dict[str, JsonValue] = {}
+    turns: tuple[str, ...]
+    scores: dict[str, tuple[float | None, ...]]
+
+    def columns(self, turns: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Figures by name, of all turns or of some in their order; NaN where there is none."""
+        place = {turn: row for row, turn in enumerate(self.turns)}
+        rows = [place[turn] for turn in turns] if turns is not None else slice(None)
+        return {name: np.array(values, float)[rows] for name, values in self.scores.items()}
+
+
+def mean_of(column: str) -> Statistic:
+    """The mean of a figure over the turns that have it."""
+
+    def mean(columns: Columns, weights: np.ndarray) -> np.ndarray:
+        known = ~np.isnan(columns[column])
+        return divide(weights[:, known] @ columns[column][known], weights[:, known].sum(1))
+
+    return mean
+
+
+def divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """`above / below`, NaN where `below` is 0."""
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below != 0)
+
+
+def resample(turns: Sequence[str], rounds: int = ROUNDS, seed: int = 0) -> np.ndarray:
+    """
+    Bootstrap weights of turns named `session/turn`: whole sessions are drawn, because turns of one session are alike.
+
+    Returns:
+        `np.ndarray` of shape `(rounds, len(turns))`: How often each turn was drawn.
+
+    """
+    sessions, which = np.unique([turn.rpartition("/")[0] for turn in turns], return_inverse=True)
+    count = len(sessions)
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=rounds)
+    return drawn[:, which].astype(float)
+
+
+def measure(columns: Columns, turns: Sequence[str], statistics: Mapping[str, Statistic]) -> dict[str, Metric]:
+    """
+    Values of metrics with their 95 % intervals, by bootstrap over sessions.
+
+    Args:
+        columns (`Mapping[str, np.ndarray]`): Figures `(n,)` of the turns.
+        turns (`Sequence[str]`): Their names.
+        statistics (`Mapping[str, Statistic]`): The metrics.
+
+    Returns:
+        `dict[str, Metric]`.
+
+    """
+    weights, once = resample(turns), np.ones((1, len(turns)))
+    metrics = {}
+    for name, statistic in statistics.items():
+        value = float(statistic(columns, once)[0])
+        known = columns[name] if name in columns else np.zeros(len(turns))
+        count = int((~np.isnan(known)).sum())
+        if np.isnan(value):
+            metrics[name] = Metric(value=None, n=count)
+            continue
+        low, high = interval(statistic(columns, weights))
+        metrics[name] = Metric(value=value, low=low, high=high, n=count)
+    return metrics
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of bootstrap values."""
+    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+class Difference(Record):
+    """How much more a model has than another over the same turns; `p` is two-sided, by paired bootstrap over sessions."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(one: Result, other: Result, statistic: Statistic) -> Difference | None:
+    """
+    A metric's difference between two models over the turns that both have.
+
+    Returns:
+        [`Difference`], or `None` if they share no turn, or one has nothing to measure there.
+
+    """
+    shared = set(other.turns)
+    turns = [turn for turn in one.turns if turn in shared]
+    if not turns:
+        return None
+    weights = np.vstack([np.ones(len(turns)), resample(turns)])
+    differences = statistic(one.columns(turns), weights) - statistic(other.columns(turns), weights)
+    value, drawn = differences[0], differences[1:][~np.isnan(differences[1:])]
+    if np.isnan(value) or not len(drawn):
+        return None
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    low, high = interval(drawn)
+    return Difference(value=float(value), low=low, high=high, p=min(1.0, 2 * (tail + 1) / (len(drawn) + 1)))
+
+
+def make_result(
+    family: Family,
+    model: str,
+    turns: Sequence[str],
+    columns: Columns,
+    statistics: Mapping[str, Statistic],
+    settings: dict[str, Any],
+    details: dict[str, Any] | None = None,
+) -> Result:
+    """A [`Result`] of figures; see [`measure`]."""
+    scores = {
+        name: tuple(None if np.isnan(value) else round(float(value), 7) for value in values)
+        for name, values in columns.items()
+    }
+    metrics = measure(columns, turns, statistics)
+    return Result(
+        family=family, model=model, settings=settings, metrics=metrics, details=details or {}, turns=tuple(turns), scores=scores
+    )  # fmt: skip
+
+
+def write_result(result: Result, folder: Path, stem: str) -> Path:
+    """Write `<stem>.<family>.json` into a folder."""
+    file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}.{result.family}.json"
+    write_json(file, result.model_dump())
+    return file
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write a JSON file, whole or not at all; its folder is made if needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    partial.replace(file)
+
+
+def read_result(path: Path) -> Result:
+    """
+    Read what [`write_result`] wrote.
+
+    Raises:
+        InputError: If it is not readable or no result, naming file and field.
+
+    """
+    try:
+        result = Result.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}.") from None
+    except ValidationError as error:
+        raise InputError(f"{path}: {describe(error)}") from None
+    for name, values in result.scores.items():
+        if len(values) != len(result.turns):
+            raise InputError(f"{path}: scores.{name}: expected {len(result.turns)} values, got {len(values)}.")
+    return result

@@ -1,0 +1,185 @@
+"""Predictions: what rows hold, batches, kills, and files that are wrong."""
+
+import json
+
+import pytest
+import torch
+
+from pegs.errors import InputError
+from pegs.evaluation.predict import (
+    PegsPredictor,
+    Reply,
+    read_all,
+    read_predictions,
+    read_split,
+    run_predictions,
+    system_turns,
+)
+from pipelines.pipeline_pegs import PegsPipeline
+from tests.fixtures import tiny
+from tests.pegs.evaluation import make
+
+
+PACK = make.make_pack()
+
+
+class Killed(Exception):
+    pass
+
+
+class Echo:
+    """Repeats the user, sends a sticker on odd turns, draws one on turn 3; dies after so many batches."""
+
+    model = "echo"
+
+    def __init__(self, batches: int = 99):
+        self.batches, self.asked = batches, []
+
+    def __call__(self, turns, seed):
+        if not self.batches:
+            raise Killed
+        self.batches -= 1
+        self.asked += [(turn.session.session_id, turn.turn.turn) for turn in turns]
+        return [
+            Reply(f"{turn.turn.user.text} {seed}", "red" if turn.turn.turn == 1 else None, tiny.picture() if turn.turn.turn == 3 else None)
+            for turn in turns
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def turns():
+    return list(system_turns([make.make_session("one"), make.make_session("two", 4)], PACK))
+
+
+def test_a_row_holds_context_reference_and_reply(turns, tmp_path):
+    run = run_predictions(Echo(), turns, PACK, tmp_path / "echo.jsonl", batch_size=2)
+    assert run.keys == ["one/1", "one/2", "one/3", "two/1", "two/2", "two/3", "two/4"] and run.model == "echo"
+    first, third = run.rows[0], run.rows[2]
+    assert [line.role for line in third.context] == ["user", "assistant", "user", "assistant", "user"]
+    assert third.context[2].sticker.id == "blue" and third.context[1].sticker.emotion == "happiness"
+    assert third.reference.text == "system line 3" and third.reference.sticker.description == "a white square"
+    assert first.predicted.sticker.id == "red" and run.rows[1].predicted.sticker is None
+    drawn = third.predicted.sticker
+    assert drawn.id is None and run.image(drawn, PACK).size == (40, 40)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"session_id": "one", "tu'])
+@pytest.mark.parametrize("batches", [0, 1, 2, 3])
+def test_a_killed_run_goes_on_to_the_same_file(turns, tmp_path, batches, torn):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    run_predictions(Echo(), turns, PACK, whole, batch_size=2)
+    with pytest.raises(Killed):
+        run_predictions(Echo(batches), turns, PACK, cut, batch_size=2)
+    if batches:
+        kept = cut.read_bytes().splitlines(keepends=True)
+        cut.write_bytes(b"".join(kept[: 2 * batches - 1]) + torn)  # killed while it wrote
+    again = Echo()
+    run_predictions(again, turns, PACK, cut, batch_size=2)
+    assert cut.read_bytes().replace(b"cut.jsonl.pictures", b"whole.jsonl.pictures") == whole.read_bytes()
+    assert len(again.asked) == len(turns) - 2 * max(0, batches - 1)
+    idle = Echo()
+    run_predictions(idle, turns, PACK, cut, batch_size=2)
+    assert idle.asked == []
+
+
+@pytest.mark.parametrize(("seed", "model", "said"), [(1, "echo", "seed: this run has 1, the file 0"), (0, "other", "model: this run has 'other'")])  # fmt: skip
+def test_another_runs_file_is_not_touched(turns, tmp_path, seed, model, said):
+    out = tmp_path / "echo.jsonl"
+    run_predictions(Echo(), turns, PACK, out)
+    before, predictor = out.read_bytes(), Echo()
+    predictor.model = model
+    with pytest.raises(InputError, match=f"echo.jsonl:1: {said}"):
+        run_predictions(predictor, turns, PACK, out, seed=seed)
+    with pytest.raises(InputError, match="echo.jsonl:4: turn: this run has no more than 3 turns"):
+        run_predictions(Echo(), turns[:3], PACK, out)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda row: row.pop("seed"), ":2: seed: Field required"),
+        (lambda row: row["predicted"].pop("text"), ":2: predicted.text: Field required"),
+        (lambda row: row["reference"].update(sticker={"emotion": "joy", "id": "x"}), ":2: reference.sticker.emotion: Input should be 'anger'"),
+        (lambda row: row["reference"].update(sticker={"id": "x", "picture": "y"}), ":2: reference.sticker: Value error, a sticker has either"),
+        (lambda row: row.update(turn=1), ":2: turn: one/1 was there before"),
+        (lambda row: row.update(model="b"), ":2: model: expected 'echo' as in line 1, got 'b'"),
+        (lambda row: row.update(extra=1), ":2: extra: Extra inputs"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_named_by_file_line_and_field(turns, tmp_path, change, said):
+    out = tmp_path / "echo.jsonl"
+    run_predictions(Echo(), turns, PACK, out)
+    lines = out.read_text().splitlines()
+    row = json.loads(lines[1])
+    change(row)
+    out.write_text("\n".join([lines[0], json.dumps(row), *lines[2:]]))
+    with pytest.raises(InputError) as caught:
+        read_predictions(out)
+    assert f"{out}{said}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_there_empty_or_of_one_model(tmp_path, turns):
+    (tmp_path / "empty.jsonl").touch()
+    for name, said in (("none.jsonl", "No such file"), ("empty.jsonl", "has no rows")):
+        with pytest.raises(InputError, match=said):
+            read_predictions(tmp_path / name)
+    for name in ("a.jsonl", "b.jsonl"):
+        run_predictions(Echo(), turns, PACK, tmp_path / name)
+    with pytest.raises(InputError, match=r"b.jsonl: model: 'echo' is also in .*a.jsonl"):
+        read_all([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    with pytest.raises(InputError, match="no session is of the split"):
+        (tmp_path / "sessions.jsonl").write_text(make.make_session().model_dump_json())
+        read_split(str(tmp_path / "sessions.jsonl"), "train")
+
+
+@pytest.fixture
+def predictor(model, processor, decoder):
+    vectors = torch.nn.functional.normalize(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pipeline = PegsPipeline(model, processor, PACK, vectors, decoder)
+    return lambda variant, bias: PegsPredictor(pipeline, variant, f"pegs-{variant}", sticker_bias=bias, max_new_tokens=4, forced_eos_token_id=tiny.EOS)  # fmt: skip
+
+
+def test_pegs_retrieves_in_the_sessions_database_and_repeats_itself(predictor, turns):
+    replies = predictor("ret", torch.inf)(turns[:3], 5)
+    assert all(reply.sticker_id in ("yellow", "white", "blue") for reply in replies)
+    assert replies[1].sticker_id != "yellow" and replies[2].sticker_id != "yellow"  # was sent in turn 1
+    again = predictor("ret", torch.inf)(turns[:3], 5)
+    assert [r.text for r in again] == [r.text for r in replies]
+    assert [r.sticker_id is None for r in predictor("ret", -torch.inf)(turns[:3], 5)] == [True] * 3
+
+
+@pytest.mark.parametrize("variant", ["gen", "rag"])
+def test_pegs_draws(predictor, turns, variant):
+    replies = predictor(variant, torch.inf)(turns[:2], 5)
+    assert all(reply.drawn is not None and reply.sticker_id is None for reply in replies)
+
+
+def test_scores_after_the_reference_do_not_depend_on_the_batch(predictor, turns):
+    answer = predictor("ret", -torch.inf)
+    together = answer(turns[:3], 1)
+    for alone, reply in zip([answer([turn], 1)[0] for turn in turns[:3]], together, strict=True):
+        assert alone.sticker_logit == pytest.approx(reply.sticker_logit, abs=1e-4)
+        assert alone.gold_rank == reply.gold_rank
+    assert [reply.candidates for reply in together] == [3, None, 3] and together[1].gold_rank is None
+
+
+def test_the_gold_rank_is_that_of_a_whole_forward_pass(predictor, turns):
+    """The span written out after the reference's text, in one pass without a cache."""
+    answer, turn = predictor("ret", -torch.inf), turns[2]
+    pipeline = answer.pipeline
+    gold = {"type": "text", "text": turn.turn.system.text}
+    dialogue = [*turn.context, {"role": "assistant", "content": [gold, {"type": "image", "image": make.png("red")}]}]
+    inputs = pipeline.processor.apply_chat_template(dialogue, tokenize=True, return_tensors="pt")
+    with torch.no_grad():
+        output = pipeline.model(**inputs)
+        spans = pipeline.model.get_img_hidden_states(inputs["input_ids"], output.last_hidden_state)
+        query = pipeline.model.retrieval_head.embed_text(spans[-1:, :2])[0]
+    ids = ["yellow", "white", "blue"]
+    scores = pipeline.pack_embeds[[pipeline.pack_ids.index(i) for i in ids]] @ query
+    expected = scores.argsort(descending=True).tolist().index(1)
+    assert answer([turn], 1)[0].gold_rank == expected
+    where = int((inputs["input_ids"][0] == pipeline.model.config.img_token_ids[0]).nonzero()[-1]) - 1
+    logits = output.logits[0, where]
+    odds = logits[pipeline.model.config.img_token_ids[0]] - logits[tiny.EOS]
+    assert answer([turn], 1)[0].sticker_logit == pytest.approx(odds.item(), abs=1e-4)
