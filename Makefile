@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test test-all lint style bench checkpoints agents generate-demo reproduce evaluate-mini browser clean
+.PHONY: help setup chat test test-all lint style bench checkpoints agents generate-demo reproduce evaluate-mini browser wordnet clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -26,16 +26,21 @@ $(STAMP): setup.py constraints.txt
 chat: setup  ## chat in the browser on the embedded default
 	$(BIN)/pegs chat
 
-test: setup browser  ## run the tests
+test: setup browser wordnet  ## run the tests
 	$(BIN)/python -m pytest -n auto -m 'not slow'
 
-test-all: setup browser  ## run all tests, the slow ones too
+test-all: setup browser wordnet  ## run all tests, the slow ones too
 	$(BIN)/python -m pytest -n auto
 
 browser:  # Debian's Chromium for the browser tests; they are skipped where there is none and none can be installed
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
 	  echo "no Chromium: the browser tests will be skipped"
+
+wordnet:  # Debian's WordNet, for METEOR
+	@test -d /usr/share/wordnet || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y wordnet-base >/dev/null; } || \
+	  echo "no WordNet: METEOR's test will be skipped"
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -63,7 +68,7 @@ generate-demo: setup  ## 20 dialogues with stickers by the embedded default, int
 
 MODELS := pegs-ret pegs-gen pegs-rag baseline-text baseline-tool
 MADE := outputs/reproduce
-reproduce: setup  ## PEGS against the baselines at the mini scale, from training these to the report in outputs/reproduce (an hour; resumes)
+reproduce: setup wordnet  ## PEGS against the baselines at the mini scale, from training these to the report in outputs/reproduce (an hour; resumes)
 	for name in text tool; do \
 	  test -f outputs/mini/baseline_$$name/done || { $(CPU) configs/mini/baseline_$$name.yaml && touch outputs/mini/baseline_$$name/done; } || exit 1; \
 	done

@@ -18,7 +18,9 @@ from agent_generation.llm import ROLES, Reply, Request, RoleSettings, schema_of
 
 
 MESSAGE = r"[^\n\[\]{}<>*#|]{1,240}[.!?…。！？]"  # free text: one line of plain text that ends where a sentence does
+JSON_DUMPS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # what models have read
 TOP_K, TOP_P = 256, 0.9
+REPEAT = 4  # tokens in a row that a message shares with nothing before it: small models go round in circles
 
 
 class RowSampler(LogitsProcessor):
@@ -27,6 +29,7 @@ class RowSampler(LogitsProcessor):
 
     Args:
         matchers (`Sequence[LLMatcher]`): A grammar a row.
+        is_text (`Sequence[bool]`): Rows that must not repeat what stands in the prompt or before.
         temperatures (`Sequence[float]`): 0 takes the likeliest token.
         limits (`Sequence[int]`): Most tokens of a row.
         seeds (`Sequence[int]`): For the rows' draws.
@@ -38,13 +41,14 @@ class RowSampler(LogitsProcessor):
     def __init__(
         self,
         matchers: Sequence[LLMatcher],
+        is_text: Sequence[bool],
         temperatures: Sequence[float],
         limits: Sequence[int],
         seeds: Sequence[int],
         eos_token_id: int,
         vocab_size: int,
     ) -> None:
-        self.vocab_size = vocab_size
+        self.vocab_size, self.is_text = vocab_size, is_text
         self.matchers, self.temperatures, self.limits, self.eos = matchers, temperatures, limits, eos_token_id
         self.rngs = [np.random.default_rng(seed) for seed in seeds]
         self.done = [False] * len(matchers)
@@ -63,9 +67,17 @@ class RowSampler(LogitsProcessor):
                 continue
             llguidance.torch.fill_next_token_bitmask(matcher, mask)
             allowed = np.unpackbits(mask[0].numpy().view(np.uint8), bitorder="little")[: scores.shape[1]]
+            if self.is_text[row]:
+                allowed[self._repeating(input_ids[row])] = 0
             drawn[row, self._draw(row, scores[row].float().numpy(), np.flatnonzero(allowed))] = 0
         self.step += 1
         return drawn
+
+    def _repeating(self, ids: torch.Tensor) -> np.ndarray:
+        """Tokens that would repeat `REPEAT` tokens; not the end."""
+        runs = np.lib.stride_tricks.sliding_window_view(ids.cpu().numpy(), REPEAT)
+        tokens = runs[(runs[:, :-1] == runs[-1, 1:]).all(1), -1]
+        return tokens[tokens != self.eos]
 
     def _draw(self, row: int, logits: np.ndarray, allowed: np.ndarray) -> int:
         if not len(allowed):
@@ -87,7 +99,7 @@ class TransformersLLM:
     """
     A causal language model of transformers.
 
-    Structured answers follow their JSON schema, and messages are one line: other tokens are never sampled.
+    Structured answers follow their JSON schema, and messages are one line that repeats nothing: other tokens are never sampled.
 
     Args:
         model (`PreTrainedModel`): The model.
@@ -184,6 +196,7 @@ class TransformersLLM:
         eos = self.tokenizer.eos_token_id
         sampler = RowSampler(
             [self._matcher(request) for request, _ in batch],
+            [request.answer is None for request, _ in batch],
             [setting.temperature for setting in settings],
             [setting.max_tokens for setting in settings],
             [seed for _, seed in batch],
@@ -214,7 +227,5 @@ class TransformersLLM:
         if request.answer is None:
             grammar = LLMatcher.grammar_from_regex(MESSAGE)
         else:
-            grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(schema_of(request.answer)), defaults={"whitespace_flexible": False}
-            )
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema_of(request.answer)), defaults=JSON_DUMPS)
         return LLMatcher(self.grammar_tokenizer, grammar)

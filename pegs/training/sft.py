@@ -68,9 +68,9 @@ class AnswerTrainer(SFTTrainer):
     """TRL's trainer, with logits only where there is something to learn: a tenth of the tokens, of a vocabulary that costs more than the layers."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy of the answers."""
+        """Cross-entropy of the answers; padding is at the end, where causal attention needs no mask to leave it out, and is faster without."""
         language_model = self.accelerator.unwrap_model(model).get_base_model()
-        hidden = language_model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        hidden = language_model.model(inputs["input_ids"]).last_hidden_state
         labels = inputs["labels"][:, 1:]
         learned = labels != -100
         logits = language_model.lm_head(hidden[:, :-1][learned])

@@ -62,6 +62,16 @@ def test_a_row_is_the_same_alone_and_in_a_batch(local):
     assert local.generate([(asked("one"), 4)])[0].text != together[0].text
 
 
+def test_a_local_message_repeats_no_four_tokens_of_its_prompt_or_its_own(local):
+    for text in ("go on", "say what you said", "one two three four five six"):
+        reply = local.generate([(asked(text, "system"), 0)])[0]
+        prompt = local.tokenizer.apply_chat_template(asked(text).messages, tokenize=False, add_generation_prompt=True)
+        ids = local.tokenizer(prompt + reply.text, add_special_tokens=False)["input_ids"]
+        runs = [tuple(ids[n : n + 4]) for n in range(len(ids) - 3)]
+        assert reply.completion_tokens > 20
+        assert len(set(runs)) == len(runs)
+
+
 def test_a_local_answer_that_does_not_end_is_cut_off_and_says_so(local):
     (reply,) = local.generate([(asked("go", "system", Reflection), 0)])
     assert reply.complete or reply.completion_tokens == 300
