@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,7 @@ class Embedder:
         self.encode, self.batch_size = encode, batch_size
         self.waiting: deque[tuple[tuple[str, ...], asyncio.Future]] = deque()
         self.worker: asyncio.Task | None = None
+        self.thread = ThreadPoolExecutor(1)  # one and the same: torch starts a pool of its own under every thread
 
     async def embed(self, texts: tuple[str, ...]) -> np.ndarray:
         """Vectors of texts, of shape `(len(texts), d)`."""
@@ -325,7 +327,8 @@ class Embedder:
             while self.waiting and sum(len(texts) for texts, _ in batch) < self.batch_size:
                 batch.append(self.waiting.popleft())
             try:
-                vectors = await asyncio.to_thread(self.encode, [text for texts, _ in batch for text in texts])
+                loop, flat = asyncio.get_running_loop(), [text for texts, _ in batch for text in texts]
+                vectors = await loop.run_in_executor(self.thread, self.encode, flat)
             except Exception as error:  # every task that waits for it must hear of it
                 for _, answer in batch:
                     if not answer.done():

@@ -18,7 +18,6 @@ from agent_generation.llm import ROLES, Reply, Request, RoleSettings, schema_of
 
 
 MESSAGE = r"[^\n\[\]{}<>*#|]{1,240}[.!?…。！？]"  # free text: one line of plain text that ends where a sentence does
-JSON_DUMPS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # what models have read
 TOP_K, TOP_P = 256, 0.9
 REPEAT = 4  # tokens in a row that a message shares with nothing before it: small models go round in circles
 
@@ -227,5 +226,8 @@ class TransformersLLM:
         if request.answer is None:
             grammar = LLMatcher.grammar_from_regex(MESSAGE)
         else:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema_of(request.answer)), defaults=JSON_DUMPS)
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(schema_of(request.answer)),  # written as json.dumps does, which is what models have read
+                defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+            )
         return LLMatcher(self.grammar_tokenizer, grammar)

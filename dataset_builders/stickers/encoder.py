@@ -2,7 +2,7 @@
 
 import importlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 PACKAGED = "all-MiniLM-L6-v2"
-STEADY_ROWS = 8
 
 
 def packaged_encoder() -> Path:
@@ -31,8 +30,8 @@ class TextEncoder:
         name (`str`, *optional*): A sentence-transformers model: folder or Hub id (`BAAI/bge-large-en-v1.5` in the paper's reference code). The
             packaged all-MiniLM-L6-v2 if not given.
         kept (`int`, *optional*, defaults to 4096): How many vectors are kept.
-        steady (`bool`, *optional*, defaults to `False`): Compute in batches of few fixed shapes, so that a text's vector is the same to the last bit
-            whatever is embedded beside it. Slower for many texts at once.
+        steady (`bool`, *optional*, defaults to `False`): Compute one text at a time, so that its vector is the same to the last bit whatever is embedded
+            beside it. Slower for many texts at once.
 
     """
 
@@ -58,12 +57,10 @@ class TextEncoder:
         missing = list(dict.fromkeys(text for text in texts if text not in self.cache))
         fresh: dict[str, np.ndarray] = {}
         if missing:
-            batches = self._steady_batches(missing) if self.steady else [(missing, [])]
-            for batch, padding in batches:
-                vectors = self.model.encode(
-                    [*batch, *padding], normalize_embeddings=True, show_progress_bar=False, batch_size=64
-                )
-                fresh.update(zip(batch, np.asarray(vectors, np.float32), strict=False))
+            vectors = self.model.encode(
+                missing, normalize_embeddings=True, show_progress_bar=False, batch_size=1 if self.steady else 64
+            )
+            fresh.update(zip(missing, np.asarray(vectors, np.float32), strict=True))
         found = np.stack([fresh[text] if text in fresh else self.cache[text] for text in texts])
         for text in dict.fromkeys(texts):
             self.cache[text] = fresh[text] if text in fresh else self.cache[text]
@@ -71,14 +68,3 @@ class TextEncoder:
         while len(self.cache) > self.kept:
             self.cache.popitem(last=False)
         return found
-
-    def _steady_batches(self, texts: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
-        """Texts of about one length, and what fills their batch up to `STEADY_ROWS` rows of a length that is a power of two."""
-        by_length: dict[int, list[str]] = {}
-        for text, ids in zip(texts, self.model.tokenizer(list(texts), truncation=True)["input_ids"], strict=True):
-            by_length.setdefault(max(16, 1 << (len(ids) - 1).bit_length()), []).append(text)
-        for length, members in by_length.items():
-            filler = " ".join(["a"] * (length - 2))  # and the two tokens around every text
-            for start in range(0, len(members), STEADY_ROWS - 1):
-                batch = members[start : start + STEADY_ROWS - 1]
-                yield batch, [filler] * (STEADY_ROWS - len(batch))
