@@ -55,6 +55,9 @@ class DryLLM:
         """Longest answer to a role, in tokens."""
         return 200
 
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
     async def ask(self, request: Request, seed: int) -> Reply:
         """Answer one request; see [`LLM`]."""
         rng = random.Random(seed_of(f"{request.digest}/{seed}"))

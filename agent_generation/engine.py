@@ -223,7 +223,7 @@ class Engine:
                         outcome = finished.result()
                     except (ModelError, BudgetError) as error:
                         self.ended = error  # nothing new is asked; what is paid for still arrives and is kept
-                        await asyncio.gather(*live, return_exceptions=True)
+                        await asyncio.gather(*done, *live, return_exceptions=True)
                         raise
                     self.progress.tasks += 1
                     self.progress.failed += outcome.failed is not None
@@ -233,6 +233,7 @@ class Engine:
             for task_left in live:
                 task_left.cancel()
             await asyncio.gather(*live, return_exceptions=True)
+            await self.llm.close()
 
     async def _run_one(self, name: str, start: Callable[[], Steps]) -> Outcome:
         steps, asked, spent = start(), 0, Spent()

@@ -119,6 +119,9 @@ class LLM(Protocol):
     def most_tokens(self, role: str) -> int:
         """Longest answer to a role, in tokens."""
 
+    async def close(self) -> None:
+        """Let go of connections; the next question opens new ones."""
+
 
 @dataclass(frozen=True)
 class RoleSettings:
@@ -185,6 +188,11 @@ class OpenAILLM:
             raise self.explain(error) from None
         self.in_a_row = 0
         return self.as_reply(done, request)
+
+    async def close(self) -> None:
+        """Close the client, while the event loop that it belongs to still runs; see [`LLM`]."""
+        if client := self.__dict__.pop("client", None):
+            await client.close()
 
     def body(self, request: Request, seed: int) -> dict[str, Any]:
         """A request in OpenAI's format."""

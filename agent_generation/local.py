@@ -131,6 +131,9 @@ class TransformersLLM:
         """Longest answer to a role, in tokens."""
         return self.roles[role].max_tokens
 
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
     async def ask(self, request: Request, seed: int) -> Reply:
         """Answer one request, in a batch with what others ask meanwhile; see [`LLM`]."""
         answer = asyncio.get_running_loop().create_future()

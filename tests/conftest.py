@@ -9,11 +9,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.fixtures import tiny
 
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left():
+    """A training sets the process's precision once; the next test's training may want another."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

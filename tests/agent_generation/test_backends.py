@@ -157,6 +157,15 @@ def test_an_endpoint_where_nothing_works_is_given_up(tmp_path):
         asyncio.run(OpenAILLM(server.url, "m", max_retries=0).ask(asked("x"), 0))
 
 
+def test_one_endpoint_serves_a_run_after_a_run_and_is_let_go_of_in_between(tmp_path):
+    with Server(lambda body: dry_answer(DryLLM(), body)) as server:
+        llm = OpenAILLM(server.url, "m")
+        for name in ("first", "second"):
+            write_run(tmp_path / name, llm, 2)
+            assert "client" not in vars(llm)  # closed in the event loop it belonged to
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
 def test_a_steady_encoders_vectors_do_not_depend_on_the_batch():
     texts = [f"{'word ' * (n % 30)}number {n}" for n in range(24)]
     steady = TextEncoder(kept=0, steady=True)
