@@ -4,12 +4,14 @@ import re
 from collections.abc import Iterable
 
 
+STICKER = r"\s*[\[【][^\]】]*(?:sticker|表情包)[^\]】]*[\]】]"  # as prompts show the other side's
 QUOTES = {'"': '"', "“": "”", "「": "」", "'": "'", "«": "»"}
 
 
 def clean_message(text: str, names: Iterable[str]) -> str:
     """
-    A model's answer as a message: on one line, without quotation marks around it and without the speaker's own name before it.
+    A model's answer as a message: on one line, without quotation marks around it, without the speaker's own name before it, and without stickers in
+    words, since the tool alone sends them.
 
     Nothing else is taken away: a colon inside the text is the speaker's.
 
@@ -21,7 +23,7 @@ def clean_message(text: str, names: Iterable[str]) -> str:
         `str`: Possibly empty.
 
     """
-    text = " ".join(text.split())
+    text = re.sub(STICKER, "", " ".join(text.split()), flags=re.IGNORECASE).strip()
     speaker = "|".join(re.escape(name) for name in names if name)
     text = re.sub(rf"^(?:\*\*)?(?:{speaker})(?:\*\*)?\s*[:：](?:\*\*)?\s*", "", text, flags=re.IGNORECASE)
     if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:

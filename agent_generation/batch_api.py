@@ -57,8 +57,8 @@ class BatchLLM(OpenAILLM):
                     self._settle(key, self.arrived.pop(key))
                 if round_ := dict(list(self.waiting.items())[:MOST]):
                     await self._round(round_)
-        except (OpenAIError, ModelError) as error:
-            ended = error if isinstance(error, ModelError) else ModelError(str(self.explain(error)))
+        except Exception as error:  # all who wait must hear of it
+            ended = ModelError(str(self.explain(error))) if isinstance(error, OpenAIError) else error
             for _, _, answer in self.waiting.values():
                 if not answer.done():
                     answer.set_exception(ended)
@@ -74,7 +74,9 @@ class BatchLLM(OpenAILLM):
         batch = await self.client.batches.create(
             input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
         )
-        self.notes.write_text(json.dumps([batch.id]))
+        partial = self.notes.with_name(f"{self.notes.name}.partial")
+        partial.write_text(json.dumps([batch.id]))
+        partial.replace(self.notes)
         answers = await self._collect([batch.id])
         for key in asked:
             self._settle(key, answers.get(key, {"error": {"message": "no answer in its batch"}}))
@@ -92,11 +94,17 @@ class BatchLLM(OpenAILLM):
                 batch = await self.client.batches.retrieve(batch_id)
             if batch.status == "failed":
                 reasons = [error.message for error in (batch.errors.data if batch.errors else None) or []]
-                raise ModelError(f"{self.base_url}: batch {batch_id} failed: {'; '.join(map(str, reasons))[:200]}")
+                said = self.without_key("; ".join(map(str, reasons)))[:200]
+                raise ModelError(f"{self.address}: batch {batch_id} failed: {said}")
             for file in (batch.output_file_id, batch.error_file_id):
                 if file:
                     text = (await self.client.files.content(file)).text
-                    answers.update((row["custom_id"], row) for row in map(json.loads, text.splitlines()))
+                    try:
+                        answers.update((row["custom_id"], row) for row in map(json.loads, text.splitlines()))
+                    except (ValueError, KeyError, TypeError):
+                        raise ModelError(
+                            f"{self.address}: batch {batch_id}: {file} is no output of a batch."
+                        ) from None
         return answers
 
     def _settle(self, key: str, row: dict) -> None:
@@ -111,4 +119,4 @@ class BatchLLM(OpenAILLM):
                 answer.set_exception(AnswerError(f"malformed response: {type(error).__name__}"))
             return
         said = (row.get("error") or response.get("body", {}).get("error") or {}).get("message", "no answer")
-        answer.set_exception(AnswerError(f"status {response.get('status_code')}: {said}"[:200]))
+        answer.set_exception(AnswerError(f"status {response.get('status_code')}: {self.without_key(said)}"[:200]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from agent_generation.llm import LLM, AnswerError, ModelError, Reply, Request
+from agent_generation.llm import LLM, AnswerError, ModelError, Reply, Request, schema_of
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,15 @@ class Journal:
     Answers that have arrived, in SQLite: each is written before it is used, so none is asked for (and paid) twice.
 
     Args:
-        file (`Path`): Made if needed. It holds requests' digests and models' answers, never a key.
+        file (`Path`): Made if needed. It holds requests' digests and models' answers, never a key. One process opens it at a time: without shared
+            memory, SQLite's write-ahead log works on the network file systems of clusters too, and a second writer waits, then fails.
 
     """
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(file, isolation_level=None)
+        self.connection = sqlite3.connect(file, isolation_level=None, timeout=60)
+        self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         self.connection.execute("PRAGMA journal_mode = WAL")
         self.connection.execute("PRAGMA synchronous = NORMAL")
         self.connection.execute(
@@ -152,9 +154,14 @@ class Journal:
         row = self.connection.execute("SELECT * FROM outcomes WHERE task = ?", (task,)).fetchone()
         return Outcome(row[0], json.loads(row[1]), row[2], Spent(**json.loads(row[3]))) if row else None
 
-    def count_outcomes(self) -> int:
-        """How many tasks have ended."""
-        return self.connection.execute("SELECT COUNT(*) FROM outcomes").fetchone()[0]
+    def paid(self) -> tuple[int, int]:
+        """Prompt and completion tokens of all answers that ever came: those that are kept, and those of tasks that ended well."""
+        kept = self.connection.execute("SELECT TOTAL(prompt_tokens), TOTAL(completion_tokens) FROM answers").fetchone()
+        ended = self.connection.execute(
+            "SELECT TOTAL(json_extract(spent, '$.prompt_tokens')), TOTAL(json_extract(spent, '$.completion_tokens'))"
+            " FROM outcomes WHERE failed IS NULL"
+        ).fetchone()
+        return int(kept[0] + ended[0]), int(kept[1] + ended[1])
 
     def close(self) -> None:
         """Close the file."""
@@ -172,7 +179,8 @@ class Engine:
         live_tasks (`int`, *optional*): Tasks begun and not ended at once; twice the concurrency if not given.
         attempts (`int`, *optional*, defaults to 3): How often a request is asked until its answer has the right form.
         prices ([`Prices`], *optional*): For the cost.
-        budget_usd (`float`, *optional*): Hard cap on the cost of this run, the most that requests in flight can cost counted in.
+        budget_usd (`float`, *optional*): Hard cap on the cost, the most that requests in flight can cost counted in.
+        spent_usd (`float`, *optional*, defaults to 0.0): What earlier processes have spent of it.
         encode (`Callable`, *optional*): Answers [`Embedding`] requests; a text's vector must not depend on the texts beside it.
         on_progress (`Callable`, *optional*): Called with [`Progress`] after every answer and every task.
 
@@ -187,13 +195,15 @@ class Engine:
         attempts: int = 3,
         prices: Prices | None = None,
         budget_usd: float | None = None,
+        spent_usd: float = 0.0,
         encode: Encode | None = None,
         on_progress: Callable[[Progress], object] = lambda progress: None,
     ) -> None:
         self.llm, self.journal, self.attempts = llm, journal, attempts
         self.live_tasks = live_tasks or 2 * concurrency
         self.slots = asyncio.Semaphore(concurrency)
-        self.prices, self.budget_usd, self.reserved_usd = prices or Prices(), budget_usd, 0.0
+        self.prices, self.budget_usd = prices or Prices(), budget_usd
+        self.committed_usd = spent_usd  # spent and in flight
         self.progress, self.on_progress = Progress(), on_progress
         self.embedder = Embedder(encode) if encode else None
         self.ended: ModelError | BudgetError | None = None
@@ -278,22 +288,26 @@ class Engine:
         async with self.slots:
             if self.ended:
                 raise self.ended
-            most = self.prices.cost(most_prompt_tokens(request.messages), self.llm.most_tokens(request.role))
-            if self.budget_usd is not None and self.progress.cost_usd + self.reserved_usd + most > self.budget_usd:
+            schema = len(json.dumps(schema_of(request.answer))) if request.answer else 0
+            prompt_tokens = most_prompt_tokens(request.messages) + schema
+            most = self.prices.cost(prompt_tokens, self.llm.most_tokens(request.role))
+            if self.budget_usd is not None and self.committed_usd + most > self.budget_usd:
                 raise BudgetError(
-                    f"the budget of {self.budget_usd} USD is used up ({self.progress.cost_usd:.4f} USD spent)"
+                    f"the budget of {self.budget_usd} USD is used up ({self.committed_usd:.4f} USD spent or in flight)"
                 )
-            self.reserved_usd += most
+            self.committed_usd += most
+            cost = 0.0
             try:
                 reply = await self.llm.ask(request, seed_of(key))
+                cost = self.prices.cost(reply.prompt_tokens, reply.completion_tokens)
             finally:
-                self.reserved_usd -= most
+                self.committed_usd += cost - most
         self.journal.add(key, request.digest, reply)
         progress = self.progress
         progress.calls += 1
         progress.prompt_tokens += reply.prompt_tokens
         progress.completion_tokens += reply.completion_tokens
-        progress.cost_usd += self.prices.cost(reply.prompt_tokens, reply.completion_tokens)
+        progress.cost_usd += cost
         self.on_progress(progress)
         return reply
 

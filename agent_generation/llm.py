@@ -125,17 +125,31 @@ class LLM(Protocol):
 
 @dataclass(frozen=True)
 class RoleSettings:
-    """Model and sampling of a role (upstream's values are in `ROLES`)."""
+    """
+    Model and sampling of a role (the reference implementation's values are in `ROLES`).
 
-    temperature: float = 0.7
+    Args:
+        temperature (`float`, *optional*, defaults to 0.7): Of several, a request's seed draws one.
+        max_tokens (`int`, *optional*, defaults to 150): Of an answer.
+        model (`str`, *optional*): The endpoint's default if not given.
+
+    """
+
+    temperature: float | tuple[float, ...] = 0.7
     max_tokens: int = 150
     model: str | None = None
+
+    def temperature_for(self, seed: int) -> float:
+        """The temperature of a request with this seed."""
+        if isinstance(self.temperature, tuple):
+            return self.temperature[seed % len(self.temperature)]
+        return self.temperature
 
 
 ROLES: dict[str, RoleSettings] = {
     "user": RoleSettings(temperature=0.7),
     "system": RoleSettings(temperature=0.5),
-    "stronger": RoleSettings(temperature=0.9),
+    "stronger": RoleSettings(temperature=tuple(tenth / 10 for tenth in range(1, 11))),
     "manager": RoleSettings(temperature=0.0, max_tokens=200),
     "memory": RoleSettings(temperature=0.1, max_tokens=300),
     "profile": RoleSettings(temperature=0.7, max_tokens=500),
@@ -176,6 +190,11 @@ class OpenAILLM:
         key = self.api_key or os.environ.get("OPENAI_API_KEY") or "none"
         return AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=self.max_retries, timeout=self.timeout)
 
+    @property
+    def address(self) -> str:
+        """`base_url` without a password or a key in it."""
+        return re.sub(r"//[^/@]*@", "//", self.base_url).partition("?")[0]
+
     def most_tokens(self, role: str) -> int:
         """Longest answer to a role, in tokens."""
         return self.roles[role].max_tokens
@@ -200,7 +219,7 @@ class OpenAILLM:
         body: dict[str, Any] = {
             "model": settings.model or self.model,
             "messages": list(request.messages),
-            "temperature": settings.temperature,
+            "temperature": settings.temperature_for(seed),
             "max_tokens": settings.max_tokens,
             "seed": seed,
         }
@@ -234,18 +253,19 @@ class OpenAILLM:
         permanent = isinstance(error, AuthenticationError | PermissionDeniedError | NotFoundError)
         if isinstance(error, APIConnectionError):
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            said = f"no connection to {self.base_url}{self._without_key(cause)}"
+            said = f"no connection to {self.address}{self.without_key(cause)}"
         elif isinstance(error, APIStatusError):
             permanent = permanent or error.code == "insufficient_quota"
-            said = f"status {error.status_code}: {self._without_key(error.message)[:200]}"
+            said = f"status {error.status_code}: {self.without_key(error.message)[:200]}"
         else:  # a body that is no JSON
             said = f"malformed response: {type(error).__name__}"
         if permanent or self.in_a_row >= GIVE_UP:
-            where = "" if self.base_url in said else f"{self.base_url}: "
+            where = "" if self.address in said else f"{self.address}: "
             return ModelError(f"{where}{said}" if permanent else f"{where}{said}, {self.in_a_row} times running")
         return AnswerError(said)
 
-    def _without_key(self, text: str) -> str:
+    def without_key(self, text: str) -> str:
+        """`text`, which an endpoint sent, without anything that looks like a key."""
         key = self.client.api_key
         text = text.replace(key, "***") if len(key) > 4 else text
         return re.sub(r"\b(?:(?:sk|key)[-_]|Bearer\s+)[\w*.-]{6,}", "***", text)

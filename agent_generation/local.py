@@ -12,14 +12,21 @@ import llguidance.torch
 import numpy as np
 import torch
 from llguidance import LLMatcher
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from agent_generation.llm import ROLES, Reply, Request, RoleSettings, schema_of
 
 
 MESSAGE = r"[^\n\[\]{}<>*#|]{1,240}[.!?…。！？]"  # free text: one line of plain text that ends where a sentence does
 TOP_K, TOP_P = 256, 0.9
-REPEAT = 4  # tokens in a row that a message shares with nothing before it: small models go round in circles
+REPEAT = 4  # tokens in a row that a message shares with nothing said before: small models go round in circles
 
 
 class RowSampler(LogitsProcessor):
@@ -28,7 +35,7 @@ class RowSampler(LogitsProcessor):
 
     Args:
         matchers (`Sequence[LLMatcher]`): A grammar a row.
-        is_text (`Sequence[bool]`): Rows that must not repeat what stands in the prompt or before.
+        said_from (`Sequence[int | None]`): Where a row's chat begins, of which it must repeat nothing; `None` if it may.
         temperatures (`Sequence[float]`): 0 takes the likeliest token.
         limits (`Sequence[int]`): Most tokens of a row.
         seeds (`Sequence[int]`): For the rows' draws.
@@ -40,23 +47,25 @@ class RowSampler(LogitsProcessor):
     def __init__(
         self,
         matchers: Sequence[LLMatcher],
-        is_text: Sequence[bool],
+        said_from: Sequence[int | None],
         temperatures: Sequence[float],
         limits: Sequence[int],
         seeds: Sequence[int],
         eos_token_id: int,
         vocab_size: int,
     ) -> None:
-        self.vocab_size, self.is_text = vocab_size, is_text
+        self.vocab_size, self.said_from = vocab_size, said_from
         self.matchers, self.temperatures, self.limits, self.eos = matchers, temperatures, limits, eos_token_id
         self.rngs = [np.random.default_rng(seed) for seed in seeds]
         self.done = [False] * len(matchers)
+        self.drawn: list[list[float]] = [[] for _ in matchers]  # log-probabilities of the rows' tokens
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scores `(B, V)` whose largest is each row's draw."""
         last = input_ids[:, -1].tolist()
         mask = llguidance.torch.allocate_token_bitmask(1, self.vocab_size)
+        totals = scores.float().logsumexp(-1)
         drawn = torch.full_like(scores, float("-inf"))
         for row, matcher in enumerate(self.matchers):
             if self.step and not self.done[row]:
@@ -66,14 +75,18 @@ class RowSampler(LogitsProcessor):
                 continue
             llguidance.torch.fill_next_token_bitmask(matcher, mask)
             allowed = np.unpackbits(mask[0].numpy().view(np.uint8), bitorder="little")[: scores.shape[1]]
-            if self.is_text[row]:
-                allowed[self._repeating(input_ids[row])] = 0
-            drawn[row, self._draw(row, scores[row].float().numpy(), np.flatnonzero(allowed))] = 0
+            if (start := self.said_from[row]) is not None:
+                allowed[self._repeating(input_ids[row, start:])] = 0
+            token = self._draw(row, scores[row].float().numpy(), np.flatnonzero(allowed))
+            self.drawn[row].append(float(scores[row, token] - totals[row]))
+            drawn[row, token] = 0
         self.step += 1
         return drawn
 
     def _repeating(self, ids: torch.Tensor) -> np.ndarray:
         """Tokens that would repeat `REPEAT` tokens; not the end."""
+        if len(ids) < REPEAT:
+            return np.array([], int)
         runs = np.lib.stride_tricks.sliding_window_view(ids.cpu().numpy(), REPEAT)
         tokens = runs[(runs[:, :-1] == runs[-1, 1:]).all(1), -1]
         return tokens[tokens != self.eos]
@@ -98,14 +111,16 @@ class TransformersLLM:
     """
     A causal language model of transformers.
 
-    Structured answers follow their JSON schema, and messages are one line that repeats nothing: other tokens are never sampled.
+    Structured answers follow their JSON schema, and messages are one line that repeats nothing of the chat: other tokens are never sampled. Of a
+    message several are drawn, and the likeliest by its mean log-probability is kept: what a small model is surest of makes the most sense.
 
     Args:
         model (`PreTrainedModel`): The model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
         name (`str`): What replies name it.
         roles (`Mapping[str, RoleSettings]`, *optional*): Settings by role; `model` is not heeded.
-        batch_size (`int`, *optional*, defaults to 16): Requests of a batch.
+        batch_size (`int`, *optional*, defaults to 16): Rows of a batch.
+        drafts (`int`, *optional*, defaults to 1): Rows of a message.
 
     """
 
@@ -114,6 +129,7 @@ class TransformersLLM:
     name: str
     roles: Mapping[str, RoleSettings] = field(default_factory=lambda: ROLES)
     batch_size: int = 16
+    drafts: int = 1
 
     def __post_init__(self) -> None:
         """Nothing waits yet."""
@@ -170,7 +186,8 @@ class TransformersLLM:
             other_is_text, other = shape(entry[0])
             return other_is_text != is_text, abs(other - length)
 
-        batch = sorted(self.waiting, key=distance)[: self.batch_size]
+        rows = self.drafts if is_text else 1
+        batch = sorted(self.waiting, key=distance)[: max(1, self.batch_size // rows)]
         taken = set(map(id, batch))
         self.waiting = [entry for entry in self.waiting if id(entry) not in taken]
         return batch
@@ -187,21 +204,23 @@ class TransformersLLM:
             `list[Reply]`: In the same order.
 
         """
-        prompts = [
-            self.tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
-            for request, _ in batch
-        ]
-        inputs = self.tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        ).to(self.model.device)
+        rows, seeds = [], []  # of each row: which request, and its draws
+        for n, (request, seed) in enumerate(batch):
+            for draft in range(1 if request.answer else self.drafts):
+                rows.append(n)
+                seeds.append(seed + draft)
+        inputs = self._tokens([request.messages for request, _ in batch]).to(self.model.device)
         settings = [self.roles[request.role] for request, _ in batch]
+        said_from = [
+            self._said_from(request, mask) for (request, _), mask in zip(batch, inputs["attention_mask"], strict=True)
+        ]
         eos = self.tokenizer.eos_token_id
         sampler = RowSampler(
-            [self._matcher(request) for request, _ in batch],
-            [request.answer is None for request, _ in batch],
-            [setting.temperature for setting in settings],
-            [setting.max_tokens for setting in settings],
-            [seed for _, seed in batch],
+            [self._matcher(batch[n][0]) for n in rows],
+            [said_from[n] for n in rows],
+            [settings[n].temperature_for(batch[n][1]) for n in rows],
+            [settings[n].max_tokens for n in rows],
+            seeds,
             eos,
             self.grammar_tokenizer.vocab_size,
         )
@@ -209,21 +228,66 @@ class TransformersLLM:
         config = GenerationConfig(
             do_sample=False, max_new_tokens=most, eos_token_id=eos, pad_token_id=self.tokenizer.pad_token_id
         )
-        output = self.model.generate(**inputs, generation_config=config, logits_processor=[sampler])  # type: ignore[operator]
+        output = self.model.generate(  # type: ignore[operator]
+            **{name: values[rows] for name, values in inputs.items()},
+            past_key_values=self._read(inputs, rows),
+            generation_config=config,
+            logits_processor=[sampler],
+        )
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
         replies = []
-        for row, (_, setting) in enumerate(zip(batch, settings, strict=True)):
-            tokens = output[row, inputs["input_ids"].shape[1] :].tolist()
-            tokens = tokens[: tokens.index(eos)] if eos in tokens else tokens
+        for n, setting in enumerate(settings):
+            drafts = [row for row in range(len(rows)) if rows[row] == n]
+            whole = {row: self._is_whole(sampler, row, setting.max_tokens) for row in drafts}
+            best = max(drafts, key=lambda row: (whole[row], np.mean(sampler.drawn[row])))  # noqa: B023
+            tokens = answers[best][: len(sampler.drawn[best])]
             replies.append(
                 Reply(
                     text=str(self.tokenizer.decode(tokens, skip_special_tokens=True)),
                     model=self.name,
-                    prompt_tokens=int(inputs["attention_mask"][row].sum()),
-                    completion_tokens=len(tokens),
-                    complete=len(tokens) < setting.max_tokens or sampler.matchers[row].is_accepting(),
+                    prompt_tokens=int(inputs["attention_mask"][n].sum()),
+                    completion_tokens=sum(len(sampler.drawn[row]) for row in drafts),
+                    complete=whole[best],
                 )
             )
         return replies
+
+    def _is_whole(self, sampler: RowSampler, row: int, limit: int) -> bool:
+        """Whether a row ended by itself."""
+        return len(sampler.drawn[row]) < limit or sampler.matchers[row].is_accepting()
+
+    def _tokens(self, chats: Sequence[Sequence[dict]], ask: bool = True) -> BatchEncoding:
+        """Chats as the model reads them, padded at the left; what they quote cannot open or close a message."""
+        return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+            [list(chat) for chat in chats],
+            add_generation_prompt=ask,
+            sanitize_control_tokens=True,
+            return_tensors="pt",
+            padding=True,
+            return_dict=True,
+            tokenizer_kwargs={"padding_side": "left"},
+        )
+
+    def _said_from(self, request: Request, mask: torch.Tensor) -> int | None:
+        """The column of a padded prompt where the chat begins, after who the agent is: that it may say again."""
+        if request.answer:
+            return None
+        who = [message for message in request.messages[:1] if message["role"] == "system"]
+        return int((mask == 0).sum()) + (self._tokens([who], ask=False)["input_ids"].shape[1] if who else 0)
+
+    def _read(self, inputs: BatchEncoding, rows: Sequence[int]) -> DynamicCache:
+        """The cache of prompts that were read once each, but for their last token, with as many rows as drafts."""
+        mask = inputs["attention_mask"][:, :-1]
+        cache = DynamicCache(config=self.model.config)
+        self.model(
+            input_ids=inputs["input_ids"][:, :-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        cache.batch_select_indices(torch.tensor(rows, device=mask.device))
+        return cache
 
     def _matcher(self, request: Request) -> LLMatcher:
         if request.answer is None:

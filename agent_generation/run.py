@@ -35,7 +35,8 @@ class Run:
 
     Args:
         seed (`int`): Of all draws; session i depends on it and on i alone.
-        model, strong_model (`str`): Who writes, and who is asked when an agent repeats itself.
+        model (`str`): Who writes.
+        role_models (`dict[str, str]`): Who writes instead, by role.
         pack (`str`): Digest of the stickers.
         profiles (`str`): Digest of the profiles.
         settings ([`Settings`]): How sessions are written.
@@ -46,7 +47,7 @@ class Run:
 
     seed: int
     model: str
-    strong_model: str
+    role_models: dict[str, str]
     pack: str
     profiles: str
     settings: Settings
@@ -64,7 +65,7 @@ def open_run(folder: Path, run: Run) -> Iterator[None]:
 
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -159,15 +160,6 @@ def journal_file(folder: Path, shard: int) -> Path:
     return folder / f"journal-{shard:03d}.sqlite"
 
 
-def count_finished(files: Sequence[Path]) -> int:
-    """How many tasks have ended, by journals that other processes may be writing."""
-    journals = [Journal(file) for file in files if file.is_file()]
-    ended = sum(journal.count_outcomes() for journal in journals)
-    for journal in journals:
-        journal.close()
-    return ended
-
-
 def export_run(folder: Path, run: Run, plans: Iterator[SessionPlan], prices: Prices) -> dict:
     """
     Write `sessions.jsonl`, `failures.jsonl` and `summary.json` from the journals: in the sessions' order, each file whole or not at all.
@@ -180,8 +172,8 @@ def export_run(folder: Path, run: Run, plans: Iterator[SessionPlan], prices: Pri
     total: Counter[str] = Counter()
     tally: Counter[str] = Counter()
     with (
-        (folder / f"{SESSIONS}.partial").open("w") as sessions,
-        (folder / f"{FAILURES}.partial").open("w") as failures,
+        (folder / f"{SESSIONS}.partial").open("w", encoding="utf-8") as sessions,
+        (folder / f"{FAILURES}.partial").open("w", encoding="utf-8") as failures,
     ):
         for plan in plans:
             outcome = journals[shard_of(plan.session_id, run.shards)].outcome(plan.session_id)
@@ -191,7 +183,8 @@ def export_run(folder: Path, run: Run, plans: Iterator[SessionPlan], prices: Pri
             count_spent(total, outcome.spent)
             if outcome.result is None:
                 total["failed"] += 1
-                failures.write(json.dumps({"session_id": plan.session_id, "reason": outcome.failed}) + "\n")
+                row = {"session_id": plan.session_id, "reason": outcome.failed}
+                failures.write(json.dumps(row, ensure_ascii=False) + "\n")
                 continue
             session = as_session(plan, outcome, run, prices)
             sessions.write(session.model_dump_json() + "\n")

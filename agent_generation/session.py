@@ -11,7 +11,16 @@ import numpy as np
 from agent_generation.action import clean_message, cut_message
 from agent_generation.engine import Embedding, Steps, needed
 from agent_generation.llm import AnswerError, Request
-from agent_generation.manager import BLOCK, LONGEST, DialogueReview, StickerQuota, StickerReview, find_problem
+from agent_generation.manager import (
+    BLOCK,
+    CONSISTENT,
+    LONGEST,
+    DialogueReview,
+    StickerQuota,
+    StickerReview,
+    about_sticker,
+    find_problem,
+)
 from agent_generation.memory import VIEW, MemoryStream, rate_request, reflect_request
 from agent_generation.plan import DueIntention, DuePlan, FreeIntention, FreePlan, Query, candidates, choice_form
 from agent_generation.prompts import ask, render
@@ -48,6 +57,8 @@ class Settings:
         min_turns (`int`, *optional*, defaults to 4): The manager ends no session before.
         candidates (`int`, *optional*, defaults to 10): Stickers to choose from, K of section 3.4.
         fuse_plan (`bool`, *optional*, defaults to `False`): Ask for intention and query in one call.
+        review (`str`, *optional*, defaults to `"model"`): How the manager tells whether a sticker is consistent: by asking, or by `"vectors"` of what is
+            said and of the sticker, where the model is too small to judge.
         language (`str`, *optional*, defaults to `"en"`): Language of the prompts and dialogues.
 
     """
@@ -58,6 +69,7 @@ class Settings:
     min_turns: int = 4
     candidates: int = 10
     fuse_plan: bool = False
+    review: Literal["model", "vectors"] = "model"
     language: str = "en"
 
 
@@ -251,16 +263,27 @@ class Dialogue:
             if choice is None:
                 return None
             sticker = left.pop(choice.choice - 1)
-            values = {"name": agent.name, "transcript": self._transcript(), "message": text, "sticker": sticker}
-            prompt = ask("review_sticker", self.settings.language, **values)
-            (review,) = yield [Request([prompt], "manager", StickerReview)]
-            if isinstance(review, AnswerError):
-                self.tally["review_failed"] += 1
+            consistent = yield from self._is_consistent(agent, text, sticker)
+            if consistent is None:
                 return None
-            if review.consistent == "yes":
+            if consistent:
                 return sticker
             self.tally["sticker_rejected"] += 1
         return None
+
+    def _is_consistent(self, agent: Agent, text: str, sticker: Sticker) -> Part:
+        """The manager's review of a sticker; `None` if it cannot be used."""
+        if self.settings.review == "vectors":
+            said = " ".join([*(message.text for _, message in self.lines[-1:]), text])
+            (vectors,) = yield [Embedding((said, about_sticker(sticker)))]
+            return bool(vectors[0] @ vectors[1] >= CONSISTENT)
+        values = {"name": agent.name, "transcript": self._transcript(), "message": text, "sticker": sticker}
+        prompt = ask("review_sticker", self.settings.language, **values)
+        (review,) = yield [Request([prompt], "manager", StickerReview)]
+        if isinstance(review, AnswerError):
+            self.tally["review_failed"] += 1
+            return None
+        return review.consistent == "yes"
 
     def _show(self, agent: Agent, turn: int, message: Message) -> Part:
         """The message is sent: both sides observe it, and the other has something to answer."""

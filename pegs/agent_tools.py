@@ -1,9 +1,11 @@
 """What `pegs profiles generate` and `pegs generate` do: Agent4SC with its stickers, models and run folders."""
 
 import asyncio
+import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,13 +23,13 @@ from agent_generation.profile import ProfileError, generate_profiles, normalise_
 from agent_generation.run import (
     Run,
     RunError,
-    count_finished,
     digest_profiles,
     estimate,
     export_run,
     journal_file,
     open_run,
     plan_sessions,
+    replace_text,
     shard_of,
     write_sessions,
 )
@@ -43,7 +45,10 @@ from pegs.errors import InputError
 
 RATES = {"stickerconv": (0.35, 0.60), "mod": (0.31, 0.31), "line": (0.09, 0.09), "off": (0.0, 0.0)}
 AGENTS = CHECKPOINTS / "agent4sc-mini"  # an adapter on top of the mini model's
+DIALOGUE_ROLES = ("user", "system", "manager", "memory", "stronger")
 SHARDS = 16  # of a run on a cluster
+NOTHING_DONE = {"sessions": 0, "turns": 0, "stickers": 0, "tokens": 0, "usd": 0}
+DRAFTS = 4  # of a message of the embedded model
 ESTIMATED = 4  # sessions written with random words
 
 
@@ -54,7 +59,8 @@ class Writer:
 
     Args:
         url (`str`): Address up to and with `/v1`.
-        model, strong_model (`str`): Names of its models.
+        model (`str`): Name of its model.
+        role_models (`dict[str, str]`): Names of others that answer for some roles.
         concurrency (`int`): Requests in flight at once.
         prices ([`Prices`]): For the cost.
         budget_usd (`float`, *optional*): Hard cap.
@@ -64,7 +70,7 @@ class Writer:
 
     url: str
     model: str
-    strong_model: str
+    role_models: dict[str, str]
     concurrency: int
     prices: Prices
     budget_usd: float | None = None
@@ -74,7 +80,7 @@ class Writer:
         """The model; a batch API's notes are kept in `notes`."""
         if not self.url:
             return embedded_writer()
-        roles = {**ROLES, "stronger": replace(ROLES["stronger"], model=self.strong_model or None)}
+        roles = {role: replace(settings, model=self.role_models.get(role)) for role, settings in ROLES.items()}
         if self.batch_api:
             return BatchLLM(self.url, self.model, roles, notes=notes)
         return OpenAILLM(self.url, self.model, roles)
@@ -83,7 +89,7 @@ class Writer:
 def make_writer(
     llm: str,
     model: str,
-    strong_model: str,
+    role_models: Sequence[str],
     concurrency: int,
     price_in: float,
     price_out: float,
@@ -100,15 +106,32 @@ def make_writer(
     """
     if llm and not model:
         raise InputError("--model is needed with --llm.")
-    if not llm and (model or strong_model or batch_api or language != "en"):
+    if not llm and (model or role_models or batch_api or language != "en"):
         raise InputError(
-            "--model, --strong-model, --batch-api and --language zh need --llm: the embedded model is small and speaks English."
+            "--model, --role-model, --strong-model, --batch-api and --language zh need --llm: the embedded model is small and speaks English."
         )
     if budget_usd is not None and not (price_in or price_out):
         raise InputError("--budget-usd needs --price-in and --price-out to count by.")
     half = 0.5 if batch_api else 1.0
     prices = Prices(price_in * half, price_out * half)
-    return Writer(llm, model or EMBEDDED["hub_id"], strong_model or model, concurrency, prices, budget_usd, batch_api)
+    by_role = parse_role_models(role_models)
+    return Writer(llm, model or EMBEDDED["hub_id"], by_role, concurrency, prices, budget_usd, batch_api)
+
+
+def parse_role_models(words: Sequence[str]) -> dict[str, str]:
+    """
+    Models by role, each as `manager=NAME`.
+
+    Raises:
+        InputError: If one is not of that form.
+
+    """
+    models = dict(word.partition("=")[::2] for word in words)
+    if unknown := [role for role, name in models.items() if role not in DIALOGUE_ROLES or not name]:
+        raise InputError(
+            f"--role-model {unknown[0]}: expected one of {', '.join(DIALOGUE_ROLES)}, and =NAME after it."
+        )
+    return models
 
 
 def embedded_writer() -> LLM:
@@ -116,7 +139,7 @@ def embedded_writer() -> LLM:
     from agent_generation.local import TransformersLLM
 
     model, tokenizer = load_language_model(EMBEDDED, [DEFAULT_MODEL / "adapter", AGENTS])
-    return TransformersLLM(model.bfloat16().eval(), tokenizer, EMBEDDED["hub_id"])
+    return TransformersLLM(model.bfloat16().eval(), tokenizer, EMBEDDED["hub_id"], drafts=DRAFTS)
 
 
 def parse_rates(words: Sequence[str]) -> tuple[float, float]:
@@ -235,6 +258,7 @@ def make_profiles(
                 writer.concurrency,
                 prices=writer.prices,
                 budget_usd=writer.budget_usd,
+                spent_usd=writer.prices.cost(*journal.paid()),
             )
 
             async def write() -> Outcome:
@@ -303,7 +327,7 @@ def make_sessions(job: Job) -> dict:
     run = Run(
         job.seed,
         job.writer.model,
-        job.writer.strong_model,
+        job.writer.role_models,
         digest,
         digest_profiles(job.profiles),
         job.settings,
@@ -312,23 +336,29 @@ def make_sessions(job: Job) -> dict:
     databases = len(toolbox.databases)
     with told_plainly(), open_run(job.out, run):
         try:
-            with progress_bar(job.count, "sessions") as show:
+            with progress_bar(job.count, "sessions") as bar:
+
+                def show(done: Mapping[str, float]) -> None:
+                    bar(done["sessions"], "{turns:.0f} turns, {stickers:.0f} stickers, {tokens:.0f} tokens, {usd:.4f} USD".format_map(done))  # fmt: skip
+
                 if job.engine == "local":
                     write_shard(job, 0, show)
                 else:
                     from agent_generation.ray_engine import run_on_cluster
 
-                    files = [journal_file(job.out, shard) for shard in range(job.shards)]
                     run_on_cluster(
-                        partial(write_shard, job), job.shards, job.workers, lambda: show(count_finished(files))
+                        partial(write_shard_of_cluster, job),
+                        job.shards,
+                        job.workers,
+                        lambda: show(total_progress(job)),
                     )
         finally:
             summary = export_run(job.out, run, job.plans(databases), job.writer.prices)
     return {"out": str(job.out), **summary}
 
 
-def write_shard(job: Job, shard: int, show: Callable[..., object] = lambda *_: None) -> None:
-    """Write one shard's sessions in this process."""
+def write_shard(job: Job, shard: int, show: Callable[[Mapping[str, float]], object]) -> None:
+    """Write one shard's sessions in this process; `show` is told how far it is."""
     encoder = TextEncoder(job.encoder, steady=True)
     toolbox, _ = load_toolbox(job.stickers, encoder)
     journal = Journal(journal_file(job.out, shard))
@@ -340,6 +370,7 @@ def write_shard(job: Job, shard: int, show: Callable[..., object] = lambda *_: N
         live_tasks=writer.concurrency if writer.batch_api else None,
         prices=writer.prices,
         budget_usd=writer.budget_usd and writer.budget_usd / job.shards,
+        spent_usd=writer.prices.cost(*journal.paid()),
         encode=encoder,
     )
     plans = (plan for plan in job.plans(len(toolbox.databases)) if shard_of(plan.session_id, job.shards) == shard)
@@ -349,19 +380,37 @@ def write_shard(job: Job, shard: int, show: Callable[..., object] = lambda *_: N
         journal.close()
 
 
-class SessionCounter:
-    """Shows how far a run is: sessions, turns, stickers, tokens, cost."""
+def write_shard_of_cluster(job: Job, shard: int) -> None:
+    """What a worker does: it notes in a file how far it is, which all nodes see."""
+    file = progress_file(job, shard)
+    write_shard(job, shard, lambda done: replace_text(file, json.dumps(done)))
 
-    def __init__(self, engine: Engine, show: Callable[..., object]) -> None:
-        self.engine, self.show, self.sessions, self.turns, self.stickers = engine, show, 0, 0, 0
+
+def progress_file(job: Job, shard: int) -> Path:
+    """Where a shard's worker notes how far it is."""
+    return job.out / f"progress-{shard:03d}.json"
+
+
+def total_progress(job: Job) -> Mapping[str, float]:
+    """How far all shards are together."""
+    total = Counter(NOTHING_DONE)
+    for file in (progress_file(job, shard) for shard in range(job.shards)):
+        if file.is_file():
+            total.update(json.loads(file.read_text()))
+    return total
+
+
+class SessionCounter:
+    """Tells how far a run is: sessions, turns, stickers; and tokens and US dollars of this process."""
+
+    def __init__(self, engine: Engine, show: Callable[[Mapping[str, float]], object]) -> None:
+        self.engine, self.show, self.done = engine, show, Counter(NOTHING_DONE)
 
     def __call__(self, outcome: Outcome) -> None:
         """Count a session that has ended."""
-        self.sessions += 1
+        self.done["sessions"] += 1
         for turn in outcome.result["turns"] if outcome.result else ():
-            self.turns += 1
-            self.stickers += sum(turn[role]["sticker"] is not None for role in ("user", "system"))
-        done = self.engine.progress
-        tokens = done.prompt_tokens + done.completion_tokens
-        said = f"{self.turns} turns, {self.stickers} stickers, {tokens} tokens, {done.cost_usd:.4f} USD"
-        self.show(self.sessions, said)
+            self.done["turns"] += 1
+            self.done["stickers"] += sum(turn[role]["sticker"] is not None for role in ("user", "system"))
+        spent = self.engine.progress
+        self.show({**self.done, "tokens": spent.prompt_tokens + spent.completion_tokens, "usd": spent.cost_usd})

@@ -50,7 +50,7 @@ def profiles_generate(
     from pegs.agent_tools import make_profiles, make_writer, parse_shares
 
     shares = parse_shares(emotions) if emotions else dict.fromkeys(EMOTIONS, 1.0)
-    writer = make_writer(llm, model, "", concurrency, price_in, price_out, budget_usd, language)
+    writer = make_writer(llm, model, (), concurrency, price_in, price_out, budget_usd, language)
     report(make_profiles(count, out, shares, seed, language, writer), as_json, ("profiles", "refused", "out"))
 
 
@@ -74,6 +74,10 @@ def generate(
     strong_model: Annotated[
         str, typer.Option(help="Asked when an agent repeats itself.", show_default="--model")
     ] = "",
+    role_model: Annotated[
+        list[str] | None,
+        typer.Option(help="manager=NAME: another model for user, system, manager or memory; may be repeated."),
+    ] = None,
     sticker_rate: Annotated[
         str,
         typer.Option(
@@ -82,7 +86,10 @@ def generate(
     ] = "stickerconv",
     more_rates: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     max_turns: Annotated[int, typer.Option(min=1, help="Turns of a session at most.")] = 6,
-    candidates: Annotated[int, typer.Option(min=1, help="Stickers to choose from.")] = 10,
+    candidates: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stickers to choose from.", show_default="10; the embedded model chooses from 4"),
+    ] = None,
     fuse_plan: Annotated[bool, typer.Option("--fuse-plan", help="Intention and query in one call.")] = False,
     language: LanguageOption = "en",
     encoder: Annotated[str, typer.Option(help="Sentence encoder: folder or Hub id.")] = "all-MiniLM-L6-v2",
@@ -104,9 +111,16 @@ def generate(
     from pegs.agent_tools import Job, estimate_sessions, load_profiles, make_sessions, make_writer, parse_rates
 
     user_rate, system_rate = parse_rates([sticker_rate, *(more_rates or [])])
-    writer = make_writer(llm, model, strong_model, concurrency, price_in, price_out, budget_usd, language, batch_api)
+    role_models = [*(role_model or []), *([f"stronger={strong_model}"] if strong_model else [])]
+    writer = make_writer(llm, model, role_models, concurrency, price_in, price_out, budget_usd, language, batch_api)
     settings = Settings(
-        user_rate, system_rate, max_turns, candidates=candidates, fuse_plan=fuse_plan, language=language
+        user_rate,
+        system_rate,
+        max_turns,
+        candidates=candidates or (10 if llm else 4),  # among ten, the embedded model takes the first or the last
+        fuse_plan=fuse_plan,
+        review="model" if llm else "vectors",
+        language=language,
     )
     job = Job(count, load_profiles(profiles), stickers, encoder, settings, writer, seed, out, engine, workers)
     expected = estimate_sessions(job)

@@ -5,7 +5,7 @@ from functools import lru_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateNotFound
 
 
-VERSION = "1"
+VERSION = "2"  # goes up whenever a template changes; sessions say which one they were written with
 LANGUAGES = ("en", "zh")
 
 

@@ -1,11 +1,15 @@
 import asyncio
 import json
+import logging
 import re
+import time
+from dataclasses import replace
 
 import pytest
 from pydantic import BaseModel
 
 from agent_generation.engine import BudgetError, Engine, Journal, Prices, needed
+from agent_generation.llm import ROLES as LLM_ROLES
 from agent_generation.llm import AnswerError, ModelError, OpenAILLM, Request, RoleSettings
 from tests.fixtures.llm_server import Server, completion
 
@@ -118,6 +122,100 @@ def test_what_no_retry_helps_ends_the_run_without_telling_the_key(journal, statu
             run(server, journal, [f"t{i}" for i in range(50)], concurrency=2)
         assert len(server.bodies) <= 8
     assert "sk-very-secret" not in str(raised.value) and raised.value.__suppress_context__
+
+
+def test_a_bad_form_is_asked_again_at_once_and_a_busy_endpoint_after_a_pause(journal):
+    times, counts = {}, {}
+
+    def script(body):
+        last = body["messages"][-1]["content"]
+        times.setdefault(last, []).append(time.monotonic())
+        counts[last] = counts.get(last, 0) + 1
+        if "then" in last and counts[last] < 3:
+            return "no JSON"
+        return (
+            (429, b'{"error": {"message": "slow down"}}') if last == "t0 one" and counts[last] == 1 else honest(body)
+        )
+
+    with Server(script) as server:
+        outcomes, _ = run(server, journal, ["t0"])
+    assert outcomes["t0"].result
+    first, second = times["t0 one"]
+    (again,) = [at for last, at in times.items() if "then" in last]
+    assert len(again) == 3 and again[-1] - again[0] < second - first and second - first > 0.3
+
+
+def test_an_endpoint_that_opens_late_is_waited_for(journal):
+    with Server(honest) as server:
+        port = server.server_port
+    late = {}
+
+    async def ask():
+        engine = Engine(OpenAILLM(f"http://127.0.0.1:{port}/v1", "m", ROLES, max_retries=4), journal)
+        asyncio.get_running_loop().call_later(0.4, lambda: late.update(server=Server(honest, port=port).__enter__()))
+        return [outcome async for outcome in engine.run([("t", two_steps("t"))])]
+
+    try:
+        (outcome,) = asyncio.run(ask())
+    finally:
+        late["server"].__exit__()
+    assert outcome.result and outcome.spent.unusable == 0
+
+
+def test_the_key_reaches_no_log_no_journal_and_no_outcome(tmp_path, caplog):
+    file = tmp_path / "journal.sqlite3"
+    journal, said = Journal(file), "Incorrect API key provided: sk-very-secret, Bearer sk-very-secret"
+
+    def script(body):
+        return (400, json.dumps({"error": {"message": said}}).encode()) if "bad" in str(body) else honest(body)
+
+    with caplog.at_level(logging.DEBUG), Server(script) as server:
+        outcomes, _ = run(server, journal, ["good", "bad"])
+        assert any("sk-very-secret" in key for key in server.keys)
+    journal.finish(outcomes["bad"])
+    journal.close()
+    assert outcomes["good"].result and "Incorrect API key" in outcomes["bad"].failed
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert "very-secret" not in outcomes["bad"].failed + caplog.text and b"very-secret" not in written and caplog.text
+    llm = OpenAILLM(
+        "http://me:very-secret@127.0.0.1:9/v1?key=very-secret", "m", max_retries=0, api_key="sk-very-secret"
+    )
+    with pytest.raises(AnswerError, match="no connection to http://127.0.0.1:9/v1") as raised:
+        asyncio.run(llm.ask(text("x"), 0))
+    assert "very-secret" not in str(raised.value) + repr(llm.api_key and llm).replace(llm.base_url, "")
+
+
+def test_roles_have_models_and_temperatures_of_their_own():
+    llm = OpenAILLM("http://x/v1", "m", {**LLM_ROLES, "manager": replace(LLM_ROLES["manager"], model="judge")})
+
+    def body(role, seed=0):
+        return llm.body(Request([{"role": "user", "content": "x"}], role), seed)
+
+    asked = {role: (body(role)["temperature"], body(role)["max_tokens"]) for role in ("user", "system", "manager")}
+    assert asked == {"user": (0.7, 150), "system": (0.5, 150), "manager": (0.0, 200)}
+    assert [body(role)["model"] for role in ("user", "manager")] == ["m", "judge"]
+    assert {body("stronger", seed)["temperature"] for seed in range(40)} == {tenth / 10 for tenth in range(1, 11)}
+
+
+def test_the_budget_counts_what_earlier_processes_spent(tmp_path):
+    prices, budget = Prices(prompt=10.0, completion=100.0), 0.05
+    with Server(honest) as server:
+        for _ in range(4):  # each time a new process's engine
+            journal = Journal(tmp_path / "j.sqlite3")
+
+            async def write(journal=journal):
+                spent = prices.cost(*journal.paid())
+                engine = Engine(OpenAILLM(server.url, "m", ROLES), journal, 4, prices=prices, budget_usd=budget, spent_usd=spent)  # fmt: skip
+                async for outcome in engine.run((f"t{i}", two_steps(f"t{i}")) for i in range(100)):
+                    journal.finish(outcome)
+
+            with pytest.raises(BudgetError, match="0.05 USD"):
+                asyncio.run(write())
+            journal.close()
+        paid = sum(prices.cost(10, len(re.findall(r"\w+", honest(b)))) for b in server.bodies)
+    journal = Journal(tmp_path / "j.sqlite3")
+    assert 0.02 < paid <= budget and prices.cost(*journal.paid()) == pytest.approx(paid)
+    journal.close()
 
 
 def test_the_budget_is_never_passed(journal):

@@ -62,6 +62,12 @@ def test_near_repetition_is_seen_in_both_languages():
     assert find_problem("word " * 200, earlier) == "too_long" and find_problem("…!", earlier) == "empty"
 
 
+def test_any_earlier_message_of_either_side_counts():
+    earlier = [f"user message number {n} about topic {n * n}" for n in range(5)] + ["How long did you live with her?"]
+    for said in (earlier[0], earlier[2].upper(), "So how long did you live with her?"):
+        assert find_problem(said, earlier) == "repeats"
+
+
 @settings(deadline=None)
 @given(st.text(), st.text())
 def test_rouge_l_is_a_symmetric_share(first, second):
@@ -84,6 +90,13 @@ def test_only_the_speakers_own_name_is_taken_off():
     assert clean_message("Companion: hello", ["Ines"]) == "Companion: hello"
     assert clean_message('"I know."', ["Ines"]) == "I know."
     assert clean_message('"Yes" and "no"', ["Ines"]) == '"Yes" and "no"'
+
+
+def test_a_message_pretends_no_sticker():
+    assert clean_message("I know. [sends a sticker: a hug (sadness)] Tell me.", ["Ines"]) == "I know. Tell me."
+    assert clean_message("[with a sticker: crying cat]", ["Ines"]) == ""
+    assert clean_message("好的。【表情包：拥抱】", ["Ines"]) == "好的。"
+    assert clean_message("I sent him a sticker [again] today", ["Ines"]) == "I sent him a sticker [again] today"
 
 
 def test_a_long_message_is_cut_at_a_sentence_or_a_word():

@@ -1,12 +1,15 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from agent_generation.llm import AnswerError
+from agent_generation.plan import DueIntention, FreeIntention, Query
+from agent_generation.prompts import LANGUAGES, render
 from agent_generation.session import Settings
-from dataset_builders.schema import Profile, Turn
-from tests.fixtures.agents import PROFILE, Scripted, kind, make_toolbox, write_one
+from dataset_builders.schema import EMOTIONS, Profile, Turn
+from tests.fixtures.agents import PROFILE, Scripted, encode, kind, make_toolbox, write_one
 
 
 @pytest.fixture
@@ -96,6 +99,61 @@ def test_a_rejected_sticker_is_neither_sent_nor_remembered_nor_offered_again(fil
     assert told <= sent
 
 
+@pytest.mark.parametrize("said", ['"no"', '"No, it does not"', "false", '"False"', "true", '"inconsistent"', "null"])
+def test_only_a_plain_yes_of_the_manager_sends_a_sticker(file, said):
+    answer = f'{{"reason": "", "consistent": {said}}}'
+    llm = Scripted(lambda r: answer if kind(r) == "StickerReview" else None)
+    tally = write_one(llm, file, Settings(user_rate=1.0, system_rate=1.0, max_turns=1)).result["tally"]
+    assert tally["user_stickers"] == tally["system_stickers"] == 0
+    assert ("sticker_rejected" in tally) == (said == '"no"')
+
+
+def test_the_words_that_prompts_offer_are_those_that_answers_may_use():
+    for language in LANGUAGES:
+        shown = {
+            free: re.findall(r'"([a-z ]+)"', render("_intentions", language, free=free)) for free in (False, True)
+        }
+        for free, form in ((False, DueIntention), (True, FreeIntention)):
+            schema = json.dumps(form.model_json_schema()["properties"]["intention"])
+            assert sorted(shown[free]) == sorted(set(re.findall(r'"([a-z ]+)"', schema)) - {"enum", "type", "string", "title", "const"})  # fmt: skip
+        who = {"role": "system", "name": "C", "persona": "", "situation": "", "self_image": ""}
+        values = {"who": who, "transcript": [], "message": "m", "intention": "i", "free": False}
+        for prompt in ("query", "plan"):
+            assert all(emotion in render(prompt, language, **values) for emotion in EMOTIONS)
+    assert tuple(Query.model_json_schema()["properties"]["emotion"]["enum"]) == EMOTIONS
+
+
+def test_reviews_by_vectors_send_what_is_near_to_the_words_and_ask_nobody(file):
+    near = encode(["one direction"])[0]
+
+    def embed(texts):  # only drawing number 3 means what is said
+        return np.stack(
+            [near if "drawing number" not in text or "drawing number 3 " in text else -near for text in texts]
+        )
+
+    llm = Scripted()
+    settings = Settings(user_rate=0.0, system_rate=1.0, review="vectors")
+    outcome = write_one(llm, file, settings, embed=embed)
+    sent = [turn["system"]["sticker"]["id"] for turn in outcome.result["turns"] if turn["system"]["sticker"]]
+    assert set(sent) <= {"s3"} and outcome.result["tally"]["sticker_rejected"] > 0
+    assert "Choice" in {kind(r) for r in llm.asked} and "StickerReview" not in {kind(r) for r in llm.asked}
+
+
+def test_a_refused_message_is_not_remembered(file):
+    refused = "The very same words as at the start of it"
+    first = iter([refused, refused])
+
+    def script(request):
+        return next(first, None) if kind(request) == "user" else None
+
+    llm = Scripted(script)
+    turns = write_one(llm, file, Settings(user_rate=0.0, system_rate=0.0)).result["turns"]
+    assert [turn["user"]["text"] for turn in turns].count(refused) == 1
+    for request in llm.asked:
+        if kind(request) in ("Importance", "Reflection", "DialogueReview"):
+            assert shown(request).count(refused) <= 1
+
+
 def test_a_manager_that_always_refuses_leaves_the_session_without_stickers_and_says_so(file):
     llm = Scripted(lambda r: '{"reason": "", "consistent": "no"}' if kind(r) == "StickerReview" else None)
     tally = write_one(llm, file, Settings(user_rate=0.5, system_rate=0.5)).result["tally"]
@@ -104,12 +162,16 @@ def test_a_manager_that_always_refuses_leaves_the_session_without_stickers_and_s
 
 
 def test_out_of_range_picks_and_misspelt_intentions_are_asked_again_and_never_sent(file):
-    bad = {"Choice": '{"choice": 11}', "DueIntention": '{"intention": "Enhancing Emoathy"}'}
+    bad = {
+        "Choice": ['{"choice": 11}', '{"choice": -2}', '{"choice": 0}', '{"choice": "first"}'],
+        "DueIntention": ['{"intention": "Enhancing Emoathy"}'],
+    }
     seen = {}
 
     def script(request):
         seen[kind(request)] = seen.get(kind(request), 0) + 1
-        return bad.get(kind(request)) if seen[kind(request)] % 3 == 1 else None
+        turn, wrong = divmod(seen[kind(request)], 3)
+        return bad[kind(request)][turn % len(bad[kind(request)])] if kind(request) in bad and wrong == 1 else None
 
     outcome = write_one(Scripted(script), file, Settings(user_rate=1.0, system_rate=1.0))
     assert outcome.result["tally"]["system_stickers"] == 6 and outcome.spent.unusable >= 8

@@ -1,7 +1,9 @@
 """Agent4SC as its user runs it, against a scripted endpoint."""
 
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +14,7 @@ import pytest
 
 from agent_generation.dry import DryLLM
 from dataset_builders.schema import Session
-from tests.agent_generation.test_run import dry_answer
-from tests.fixtures.agents import PROFILE
+from tests.fixtures.agents import PROFILE, dry_answer
 from tests.fixtures.llm_server import Server
 
 
@@ -34,8 +35,11 @@ def profiles(tmp_path):
     return file
 
 
-def pegs(*args):
-    return subprocess.run([PEGS, *map(str, args)], capture_output=True, text=True, timeout=300)
+def pegs(*args, encodings_named=False):
+    """`encodings_named`: files must be written in an encoding of their own, not the machine's."""
+    strict = {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning:agent_generation.run"}
+    env = {**os.environ, **(strict if encodings_named else {})}
+    return subprocess.run([PEGS, *map(str, args)], capture_output=True, text=True, timeout=300, env=env)
 
 
 def generate(server, profiles, out, *args):
@@ -45,9 +49,11 @@ def generate(server, profiles, out, *args):
 def test_sessions_with_the_wanted_rate_within_a_budget(server, profiles, tmp_path):
     args = generate(server, profiles, tmp_path / "run", "-n", 5, "--sticker-rate", "user=0", "system=1.0", "--json")
     prices = ("--price-in", 1, "--price-out", 2)
-    poor = pegs(*args, *prices, "--budget-usd", 0.01)
-    assert poor.returncode == 2 and "the budget of 0.01 USD is used up" in poor.stderr
-    done = pegs(*args, *prices, "--budget-usd", 5)
+    for _ in range(2):  # the cap is the run's, not the process's
+        poor = pegs(*args, *prices, "--budget-usd", 0.01)
+        assert poor.returncode == 2 and "the budget of 0.01 USD is used up" in poor.stderr
+        assert json.loads((tmp_path / "run/summary.json").read_text())["missing"] == 5
+    done = pegs(*args, *prices, "--budget-usd", 5, encodings_named=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["sessions"] == 5 and summary["rates"]["system"] == {"requested": 1.0, "realised": 1.0, "lost": 0}
@@ -56,6 +62,23 @@ def test_sessions_with_the_wanted_rate_within_a_budget(server, profiles, tmp_pat
     assert all(turn.system.sticker and not turn.user.sticker for session in sessions for turn in session.turns)
     built = pegs("dataset", "build", tmp_path / "run", "--out", tmp_path / "stickerconv", "--json")
     assert built.returncode == 0, built.stderr
+
+
+def test_language_and_models_by_role_reach_the_endpoint(server, profiles, tmp_path):
+    before = len(server.bodies)
+    models = ("--role-model", "manager=judge", "--role-model", "memory=small", "--strong-model", "big")
+    args = generate(server, profiles, tmp_path / "run", "-n", 2, "--max-turns", 4, *models)
+    done = pegs(*args, "--language", "zh", "--json")
+    assert done.returncode == 0, done.stderr
+    asked = {}
+    for body in server.bodies[before:]:
+        form = body.get("response_format", {}).get("json_schema", {}).get("name")
+        asked.setdefault(body["model"], set()).add(form)
+        assert all(
+            re.search("[\u4e00-\u9fff]", m["content"]) for m in body["messages"] if m["role"] == "system" or form
+        )
+    assert asked["judge"] == {"DialogueReview", "StickerReview"} and asked["small"] >= {"Importance"}
+    assert None in asked["m"] and "Choice" in asked["m"]
 
 
 def test_ctrl_c_leaves_what_the_same_command_goes_on_with(server, profiles, tmp_path):
@@ -102,6 +125,10 @@ def test_profiles_are_written_from_seeds(server, tmp_path):
     [
         (["--llm", "http://x/v1"], "--model is needed with --llm"),
         (["--language", "zh"], "need --llm"),
+        (
+            ["--llm", "http://x/v1", "--model", "m", "--role-model", "boss=x"],
+            "--role-model boss: expected one of user,",
+        ),
         (["--sticker-rate", "often"], "--sticker-rate often: expected stickerconv, mod, line, off, or shares"),
         (["--budget-usd", "3"], "--budget-usd needs --price-in and --price-out"),
         (["--stickers", "nowhere"], "--stickers nowhere"),
