@@ -74,11 +74,15 @@ def evaluate_predict(
         typer.Option(help="Folder or Hub id of a PEGS checkpoint.", show_default="the embedded mini model"),
     ] = "",
     variant: Annotated[
-        Literal["ret", "gen", "rag", "text", "tool"],
+        Literal["ret", "gen", "rag", "text", "tool", "minilm", "random"],
         typer.Option(help="Retrieved, drawn, or both; or a baseline."),
     ] = "ret",
     baseline: Annotated[
         Path | None, typer.Option(help="Adapter of the baseline that --variant text or tool names.")
+    ] = None,
+    replies: Annotated[
+        Path | None,
+        typer.Option(help="Predictions whose stickers --variant minilm or random choose anew, keeping the words."),
     ] = None,
     name: Annotated[
         str, typer.Option(help="Name of the model in all tables.", show_default="pegs-VARIANT or baseline-VARIANT")
@@ -89,17 +93,31 @@ def evaluate_predict(
     as_json: JsonOption = False,
 ) -> None:
     """Answer every System turn of a split with all earlier turns as context; run it again to go on after a kill."""
-    from pegs.evaluation.predict import PegsPredictor, Predictor, read_split, run_predictions, system_turns
+    from pegs.evaluation.predict import (
+        PegsPredictor,
+        Predictor,
+        read_predictions,
+        read_split,
+        run_predictions,
+        system_turns,
+    )
 
-    is_baseline = variant in ("text", "tool")
-    if is_baseline != (baseline is not None):
+    if (variant in ("text", "tool")) != (baseline is not None):
         raise InputError("--baseline and one of --variant text and --variant tool go together.")
+    if (variant in ("minilm", "random")) != (replies is not None):
+        raise InputError("--replies and one of --variant minilm and --variant random go together.")
     chosen = read_split(sessions, split, limit)
+    repeated = read_predictions(replies) if replies is not None else None
     from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline
 
     pack = load_pack(stickers)
     predictor: Predictor
-    if baseline is not None:
+    if repeated is not None:
+        from dataset_builders.stickers.encoder import TextEncoder
+        from pegs.evaluation.baselines import StickerChooser
+
+        predictor = StickerChooser(repeated, pack, name or f"baseline-{variant}", TextEncoder() if variant == "minilm" else None)  # fmt: skip
+    elif baseline is not None:
         from pegs.adapters import load_adapted
         from pegs.evaluation.baselines import BaselinePredictor
 

@@ -30,13 +30,11 @@ Values = Mapping[str, Mapping[str, float]]
 
 
 def values_of(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Values of all metrics by model, of all families; sticker diversity (`id`) comes from the details."""
+    """Values of all metrics by model, of all families."""
     values: dict[str, dict[str, float]] = {}
     for result in results:
         own = values.setdefault(result.model, {})
         own |= {name: metric.value for name, metric in result.metrics.items() if metric.value is not None}
-        if isinstance(diversity := result.details.get("id"), int | float):
-            own["id"] = float(diversity)
     return values
 
 
@@ -69,11 +67,14 @@ def correlate(values: Values, automatic: str, human: Sequence[str]) -> dict[str,
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
     rng = np.random.default_rng(0)
-    draws = [rng.integers(0, len(pairs), len(pairs)) for _ in range(ROUNDS)]
-    draws = [rows for rows in draws if np.ptp(one[rows]) > 0 and np.ptp(other[rows]) > 0]
+    drawn = np.sort(rng.integers(0, len(pairs), (ROUNDS, len(pairs))), 1)
+    drawn = drawn[(np.ptp(one[drawn], 1) > 0) & (np.ptp(other[drawn], 1) > 0)]
+    different, which = np.unique(drawn, axis=0, return_inverse=True)  # of few models few draws differ
     found: dict[str, Any] = {"models": len(pairs), "human": list(human)}
     for name, function in (("spearman", spearmanr), ("kendall", kendalltau)):
-        low, high = interval(np.array([function(one[rows], other[rows]).statistic for rows in draws]))
+        low, high = interval(
+            np.array([function(one[rows], other[rows]).statistic for rows in different])[which.ravel()]
+        )
         found[name] = {"value": float(function(one, other).statistic), "low": low, "high": high}
     found["spearman"]["p"] = _spearman_p(one, other)
     if len(pairs) < FEW_MODELS:

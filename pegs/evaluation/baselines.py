@@ -2,19 +2,26 @@
 The baselines of section 6.2: a language model fine-tuned on the sessions' texts, and one that calls the sticker decoder as a tool (Figure 23).
 
 The tool is called before the text: `Action` and `Action Input` with a sticker's caption, an `Observation` from the tool, then the reply.
+
+Two more choose stickers alone, for another model's replies: by a sentence encoder, and by chance.
 """
 
+import random
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dataset_builders.schema import Message, Session
+from dataset_builders.stickers.encoder import TextEncoder
 from dataset_builders.stickers.pack import StickerPack
-from pegs.evaluation.predict import Reply, SystemTurn
+from pegs.errors import InputError
+from pegs.evaluation.predict import Predictions, Reply, SystemTurn, candidates_of, first_unsent
 from pegs.training.text_states import encode_captions
-from pipelines.pipeline_sticker import StickerPipeline
+from pipelines.pipeline_sticker import StickerPipeline, StickerPipelineOutput
 
 
 SYSTEM = "You are a warm companion in a chat. You listen closely and answer in one or two natural sentences."
@@ -101,16 +108,23 @@ class BaselinePredictor:
         if captions:
             after, _ = self._say([chats[row] + call_chat(caption) for row, caption in captions.items()], seed)
             seeds = [torch.Generator().manual_seed((seed + row) % 2**31) for row in captions]
-            drawn = self._draw(list(captions.values()), seeds)
-            for row, text, image, blocked in zip(captions, after, drawn.images, drawn.blocked, strict=True):
-                replies[row].text = text.strip()
-                replies[row].drawn = None if blocked is not None else image
+            drawn = self._draw(self.decoder, list(captions.values()), seeds)
+            for row, text, image in zip(captions, after, drawn, strict=True):
+                replies[row].text, replies[row].drawn = text.strip(), image
         return replies
 
-    def _draw(self, captions: list[str], seeds: list[torch.Generator]):
-        if self.decoder.components.get("text_encoder") is not None:
-            return self.decoder(prompt=captions, generator=seeds)
-        return self.decoder(prompt_embeds=encode_captions(captions, self.prompt_length), generator=seeds)
+    def _draw(
+        self, decoder: StickerPipeline, captions: list[str], seeds: list[torch.Generator]
+    ) -> list[Image.Image | None]:
+        """Draw captions; `None` where the safety check blocks one."""
+        if decoder.components.get("text_encoder") is not None:  # type: ignore[attr-defined]
+            output = decoder(prompt=captions, generator=seeds)
+        else:
+            output = decoder(prompt_embeds=encode_captions(captions, self.prompt_length), generator=seeds)
+        assert isinstance(output, StickerPipelineOutput)
+        return [
+            image if blocked is None else None for image, blocked in zip(output.images, output.blocked, strict=True)
+        ]
 
     @torch.no_grad()
     def _say(self, chats: Sequence[list[dict]], seed: int) -> tuple[list[str], list[float]]:
@@ -132,3 +146,57 @@ class BaselinePredictor:
         odds = torch.logit(output.logits[0].float().softmax(-1)[:, calls].clamp(1e-7, 1 - 1e-7))
         new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
         return self.tokenizer.batch_decode(new_ids, skip_special_tokens=True), odds.tolist()
+
+
+class StickerChooser:
+    """
+    A baseline that chooses stickers only: what is said, and when a sticker comes, are another model's; see [`Predictor`].
+
+    With the encoder it sends the sticker whose caption (name and emotion) is nearest to the user's message and the reply together, of four texts of a sticker and three of a
+    turn the best pair on the training sessions; without one, any.
+
+    Args:
+        replies ([`Predictions`]): The other model's.
+        pack ([`StickerPack`]): The stickers.
+        model (`str`): Name that the rows carry.
+        encoder ([`TextEncoder`], *optional*): Embeds captions and turns.
+
+    """
+
+    def __init__(self, replies: Predictions, pack: StickerPack, model: str, encoder: TextEncoder | None) -> None:
+        self.replies, self.pack, self.model, self.encoder = replies, pack, model, encoder
+        self.by_key = {row.key: row for row in replies.rows}
+        self.vectors: dict[str, np.ndarray] = {}
+        if encoder is not None:
+            captions = encoder([sticker.caption for sticker in pack.stickers])
+            self.vectors = dict(zip((sticker.id for sticker in pack.stickers), captions, strict=True))
+
+    def __call__(self, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
+        """
+        Answer a batch of turns.
+
+        Raises:
+            InputError: If the other model did not answer one of them.
+
+        """
+        replies = []
+        for turn in turns:
+            key = f"{turn.session.session_id}/{turn.turn.turn}"
+            if key not in self.by_key:
+                raise InputError(f"--replies {self.replies.path}: has no turn {key}.")
+            said, gold = self.by_key[key].predicted, turn.turn.system
+            reply = Reply(said.text)
+            if said.sticker is not None:
+                reply.sticker_id = first_unsent(turn, self._ranked(turn, said.text, seed))
+            if gold.sticker is not None:
+                reply.score_reference(self._ranked(turn, gold.text, seed), gold.sticker.id)
+            replies.append(reply)
+        return replies
+
+    def _ranked(self, turn: SystemTurn, text: str, seed: int) -> list[str]:
+        ids = candidates_of(turn.session, self.pack)
+        if self.encoder is None:
+            random.Random(f"{seed}/{turn.session.session_id}/{turn.turn.turn}").shuffle(ids)
+            return ids
+        [query] = self.encoder([f"{turn.turn.user.text} {text}"])
+        return sorted(ids, key=lambda sticker_id: -float(self.vectors[sticker_id] @ query))

@@ -247,17 +247,26 @@ STATISTICS: dict[str, Statistic] = {
 }  # fmt: skip
 
 
-def diversity(vectors: Sequence[np.ndarray]) -> float | None:
+def diversity_of(vectors: Sequence[np.ndarray | None]) -> Statistic:
     """
-    Sticker diversity (ID, Table 10): one minus the mean cosine similarity of two different replies' stickers; `None` below two.
+    Sticker diversity (ID, Table 10): one minus the mean cosine similarity of two different replies' stickers; NaN below two.
 
-    The paper names the metric without defining it; this definition is ours.
+    The paper names the metric without defining it; this definition is ours. A turn that the bootstrap draws twice makes no pair with itself.
+
+    Args:
+        vectors (`Sequence[np.ndarray]`): Unit vector `(d,)` of each turn's sticker; `None` without one.
+
     """
-    count = len(vectors)
-    if count < 2:
-        return None
-    total = np.sum(vectors, axis=0, dtype=float)
-    return float(1 - (total @ total - sum(float(v @ v) for v in vectors)) / (count * (count - 1)))
+    sent = np.array([vector is not None for vector in vectors])
+    known = [vector for vector in vectors if vector is not None]
+    matrix = np.array(known, float) if known else np.zeros((0, 1))
+
+    def statistic(columns: Columns, weights: np.ndarray) -> np.ndarray:
+        drawn = weights[:, sent]
+        alone = (drawn**2).sum(1)
+        return 1 - divide(((drawn @ matrix) ** 2).sum(1) - alone, drawn.sum(1) ** 2 - alone)
+
+    return statistic
 
 
 class EmotionVote:
@@ -296,10 +305,11 @@ def evaluate_multimodal(run: Predictions, embedded: Embedded, vote: EmotionVote)
         vote ([`EmotionVote`]): Names the emotion of drawn stickers.
 
     Returns:
-        [`Result`]: `details` has the diversity of the stickers (`id`), how many different ones were sent, and chance levels.
+        [`Result`]: `details` has how many stickers and different ones were sent, and chance levels.
 
     """
-    figures, sent = [], []
+    figures: list[dict[str, float]] = []
+    vectors: list[np.ndarray | None] = []
     for row in run.rows:
         gold, said = row.reference.sticker, row.predicted.sticker
         gold_image = embedded.image(run, gold) if gold else None
@@ -315,19 +325,20 @@ def evaluate_multimodal(run: Predictions, embedded: Embedded, vote: EmotionVote)
         }
         for k in RECALLS:
             figure[f"recall_at_{k}"] = np.nan if row.gold_rank is None else float(row.gold_rank < k)
+        vectors.append(image)
         if said and image is not None:
-            sent.append(image)
             emotion = said.emotion or vote(image)
             if gold and gold.emotion and emotion:
                 figure["emotion_agreement"] = float(emotion == gold.emotion)
         figures.append(figure)
     columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
     candidates = [row.candidates for row in run.rows if row.gold_rank is not None and row.candidates]
+    sent = [vector for vector in vectors if vector is not None]
     details = {
-        "id": diversity(sent),
         "stickers_sent": len(sent),
         "different_stickers": len({vector.tobytes() for vector in sent}),
         "chance": {f"recall_at_{k}": float(np.mean([min(1, k / n) for n in candidates])) if candidates else None for k in RECALLS},
     }  # fmt: skip
     settings = {"predictions": str(run.path), "sha256": run.sha256, "tower": vote.tower.name, "alphas": list(ALPHAS)}
-    return make_result("mm", run.model, run.keys, columns, STATISTICS, settings, details)
+    statistics = {**STATISTICS, "id": diversity_of(vectors)}
+    return make_result("mm", run.model, run.keys, columns, statistics, settings, details)

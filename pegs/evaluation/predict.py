@@ -212,6 +212,11 @@ class Reply:
     candidates: int | None = None
     sticker_logit: float | None = None
 
+    def score_reference(self, ranked: list[str], gold: str) -> None:
+        """Note where the reference's sticker is among all candidates, if it is one."""
+        if gold in ranked:
+            self.gold_rank, self.candidates = ranked.index(gold), len(ranked)
+
 
 class Predictor(Protocol):
     """A model under evaluation; baselines are others."""
@@ -365,6 +370,19 @@ def _row(turn: SystemTurn, reply: Reply, model: str, seed: int, pack: StickerPac
     )
 
 
+def candidates_of(session: Session, pack: StickerPack) -> list[str]:
+    """Stickers that a session can send: of its database, or all of a pack that has none."""
+    stickers = pack.database(session.database) if pack.databases else pack.stickers
+    return [sticker.id for sticker in stickers]
+
+
+def first_unsent(turn: SystemTurn, ranked: Sequence[str]) -> str:
+    """The best of ranked stickers that the System has not sent yet, as in the chat."""
+    past = turn.session.turns[: turn.turn.turn - 1]
+    seen = {before.system.sticker.id for before in past if before.system.sticker}
+    return next((sticker_id for sticker_id in ranked if sticker_id not in seen), ranked[0])
+
+
 class PegsPredictor:
     """
     PEGS under evaluation: replies in batches, stickers from the session's own database.
@@ -381,7 +399,6 @@ class PegsPredictor:
         self.pipeline, self.variant, self.model, self.generate_kwargs = pipeline, variant, model, generate_kwargs
         self.pack: StickerPack = pipeline.pack  # type: ignore[assignment]
         self.rows = {sticker_id: row for row, sticker_id in enumerate(pipeline.pack_ids)}
-        self.databases: dict[int, list[str]] = {}
 
     def __call__(self, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
         """Answer a batch of turns; see [`Predictor`]."""
@@ -395,7 +412,10 @@ class PegsPredictor:
         new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
         replies = [Reply(processor.decode(ids, skip_special_tokens=True).strip()) for ids in new_ids]
         sending = output.sticker_mask.nonzero().flatten().tolist()
-        best = {row: self._nearest(turns[row], output.sticker_queries[row]) for row in sending if output.sticker_queries is not None}  # fmt: skip
+        best = {}
+        if output.sticker_queries is not None:
+            for row in sending:
+                best[row] = first_unsent(turns[row], self._ranked(turns[row].session, output.sticker_queries[row]))
         if self.variant != "ret" and sending:
             self._draw(turns, replies, sending, output.sticker_prompt_embeds, best, seed)
         for row in sending:
@@ -404,25 +424,11 @@ class PegsPredictor:
         self._score_references(turns, replies)
         return replies
 
-    def _candidates(self, session: Session) -> list[str]:
-        number = session.database if self.pack.databases else 0
-        if number not in self.databases:
-            stickers = self.pack.database(number) if number else self.pack.stickers
-            self.databases[number] = [sticker.id for sticker in stickers]
-        return self.databases[number]
-
     def _ranked(self, session: Session, query: torch.Tensor) -> list[str]:
-        ids = self._candidates(session)
+        ids = candidates_of(session, self.pack)
         vectors = self.pipeline.pack_embeds[[self.rows[i] for i in ids]]
         order = (vectors @ query.to(vectors)).argsort(descending=True, stable=True)
         return [ids[i] for i in order.tolist()]
-
-    def _nearest(self, turn: SystemTurn, query: torch.Tensor) -> str:
-        """The nearest sticker of the database that the System has not sent yet, as in the chat."""
-        past = turn.session.turns[: turn.turn.turn - 1]
-        seen = {before.system.sticker.id for before in past if before.system.sticker}
-        ranked = self._ranked(turn.session, query)
-        return next((sticker_id for sticker_id in ranked if sticker_id not in seen), ranked[0])
 
     def _draw(
         self,
@@ -464,8 +470,7 @@ class PegsPredictor:
         for row, (turn, reply) in enumerate(zip(turns, replies, strict=True)):
             reply.sticker_logit = odds[row]
             sticker = turn.turn.system.sticker
-            if sticker is None or model.retrieval_head is None or sticker.id not in self._candidates(turn.session):
+            if sticker is None or model.retrieval_head is None:
                 continue
             query = model.retrieval_head.embed_text(spans[row : row + 1, : model.config.num_retrieval_tokens])[0]
-            reply.gold_rank = self._ranked(turn.session, query.float()).index(sticker.id)
-            reply.candidates = len(self._candidates(turn.session))
+            reply.score_reference(self._ranked(turn.session, query.float()), sticker.id)

@@ -3,10 +3,11 @@
 import base64
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -34,15 +35,19 @@ NEITHER_IS_BETTER = frozenset({"frequency", "gold_frequency"})
 LAYOUT: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("text", "1", "Quality of the text", {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "dist_1": "Dist-1", "dist_2": "Dist-2", "dist_3": "Dist-3", "rouge_l": "ROU_L", "meteor": "MET", "cider": "CIDEr", "bertscore": "BERTS"}),
     ("mm", "2", "Multimodal metrics", {"frequency": "Freq", "mmr": "MMr", "f_mmr_0.8": "f-MMr (alpha 0.8)", "f_mmr_0.2": "f-MMr (alpha 0.2)"}),
-    ("mm", "2b", "Multimodal metrics beyond the paper", {"mmr_f1": "MMr F1", "id": "ID", "recall_at_1": "R@1", "recall_at_5": "R@5", "mrr": "MRR", "timing_ap": "Timing AP", "timing_agreement": "Timing agreement", "emotion_agreement": "Emotion agreement"}),
+    ("mm", "2b", "Multimodal metrics beyond the paper", {"mmr_f1": "MMr F1", "id": "ID", "recall_at_1": "R@1", "recall_at_5": "R@5", "recall_at_10": "R@10", "mrr": "MRR", "timing_ap": "Timing AP", "timing_agreement": "Timing agr.", "emotion_agreement": "Emotion agr."}),
     ("llm", "3", "LLM-based metrics", {"emp_txt": "EMP-txt", "emp_mm": "EMP-mm", "con": "CON", "rank": "Rank"}),
     ("human", "4", "Human evaluation", {key: key for key in ("StiGQ", "Et", "Es", "Con", "Flu", "Inf", "StiD")}),
 )  # fmt: skip
 NOTES = {
     "2": "The paper states alpha 0.8, but its printed f-MMr fits 0.2 and stands there; its column for 0.8 is computed here from its Freq and MMr (eq. 11).",
-    "2b": "R@k and MRR: place of the reference's sticker in the session's database, after the reference's text. Timing AP: average precision of the model's odds of a sticker. ID is one minus the mean similarity of the stickers sent; it has no interval.",
+    "2b": "R@k and MRR: place of the reference's sticker in the session's database, after the reference's text. Timing AP: average precision of the model's odds of a sticker. Timing agreement: share of turns where both send a sticker or neither does; emotion agreement: of those where both do, the share with the same emotion. ID is one minus the mean similarity of the stickers sent.",
     "3": "EMP-txt is over the replies without a sticker, EMP-mm over those with one. Rank: lower is better.",
 }
+COUNTERPARTS = {"pegs-ret": "PEGS-Ret", "pegs-gen": "PEGS-Gen", "pegs-rag": "PEGS-RAG", "baseline-text": "Vicuna-text", "baseline-tool": "Vicuna-tool"}  # fmt: skip
+BASELINES = ("baseline-text", "baseline-tool")
+CLAIMS = {name: (family, title) for family, number, _, columns in LAYOUT if number in ("1", "2") for name, title in columns.items() if name not in NEITHER_IS_BETTER}  # fmt: skip
+"""Metrics of Tables 1 and 2 in which one model can be better than another: family and title."""
 UNTOLD = frozenset({"predictions", "sha256", "study"})  # settings that say where, not how
 MATCHED = "95 % intervals by bootstrap over sessions."
 DATASET_COLUMNS = {"sessions": "Number", "unique_stickers": "Unique Sticker", "turns": "Turn", "vicuna_tokens": "Token (Vicuna)", "gpt_tokens": "Token (GPT)"}  # fmt: skip
@@ -130,20 +135,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+Key = TypeVar("Key", bound=Hashable)
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """P values corrected for their number (Holm 1979)."""
-    corrected, running = {}, 0.0
+    found, running = {}, 0.0
     for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         running = max(running, min(1.0, p * (len(p_values) - rank)))
-        corrected[name] = running
-    return corrected
-
-
-def metric_of(result: Result, name: str) -> Metric | None:
-    """A metric of a result; sticker diversity (`id`) comes from the details."""
-    if name == "id" and isinstance(value := result.details.get("id"), int | float):
-        return Metric(value=float(value), n=len(result.turns))
-    return result.metrics.get(name)
+        found[name] = running
+    return found
 
 
 def differences_from(
@@ -156,15 +157,18 @@ def differences_from(
         if reference is None or result is reference:
             continue
         for name in columns:
-            if name not in STATISTICS or any(metric_of(r, name) is None for r in (result, reference)):
-                continue
-            difference = compare(result, reference, STATISTICS[name])
+            difference = _difference(result, reference, name)
             if difference is not None:
                 found.setdefault(result.model, {})[name] = difference
-    corrected = holm({f"{model}\n{name}": d.p for model, row in found.items() for name, d in row.items()})
+    return corrected(found)
+
+
+def corrected(found: dict[Key, dict[str, Difference]]) -> dict[Key, dict[str, Difference]]:
+    """Differences by row and metric, p Holm-corrected over all of them."""
+    p_values = holm({(row, name): d.p for row, several in found.items() for name, d in several.items()})
     return {
-        model: {name: d.model_copy(update={"p": corrected[f"{model}\n{name}"]}) for name, d in row.items()}
-        for model, row in found.items()
+        row: {name: d.model_copy(update={"p": p_values[row, name]}) for name, d in several.items()}
+        for row, several in found.items()
     }
 
 
@@ -177,16 +181,16 @@ def make_table(
         return None
     digits = 2 if family == "human" else 3
     differences = differences_from(own, against, columns)
-    best = {name: _best(name, [metric_of(result, name) for result in own]) for name in columns}
+    best = {name: _best(name, [result.metrics.get(name) for result in own]) for name in columns}
     rows = []
     for result in own:
         cells = []
         for name in columns:
-            metric = metric_of(result, name)
+            metric = result.metrics.get(name)
             if metric is None or metric.value is None:
                 cells.append(Cell())
                 continue
-            spread = f"[{metric.low:.{digits}f}, {metric.high:.{digits}f}]" if metric.low is not None else ""
+            spread = "" if metric.low is None or metric.high is None else _spread(metric.low, metric.high, digits)
             p = differences.get(result.model, {}).get(name)
             mark = "*" if p is not None and p.p < SIGNIFICANT else ""
             cells.append(Cell(f"{metric.value:.{digits}f}", spread, metric.value == best[name], mark))
@@ -203,6 +207,12 @@ def make_table(
     return table, differences
 
 
+def _spread(low: float, high: float, digits: int) -> str:
+    """An interval without the zeros before the point, so that eleven fit beside each other."""
+    bounds = (re.sub(r"^(-?)0\.", r"\1.", f"{bound:.{digits}f}") for bound in (low, high))
+    return f"[{', '.join(bounds)}]"
+
+
 def _best(name: str, metrics: Sequence[Metric | None]) -> float | None:
     values = [metric.value for metric in metrics if metric is not None and metric.value is not None]
     if len(set(values)) < 2 or name in NEITHER_IS_BETTER:
@@ -210,11 +220,103 @@ def _best(name: str, metrics: Sequence[Metric | None]) -> float | None:
     return min(values) if name in LOWER_IS_BETTER else max(values)
 
 
-def _paper_cell(row: Mapping[str, float], name: str, digits: int) -> Cell:
+def _paper_value(row: Mapping[str, float], name: str) -> float | None:
+    """A value of the paper; f-MMr with alpha 0.8 is computed, the printed one is that of 0.2."""
     if name == "f_mmr_0.8":
-        return Cell(f"({f_mmr(row['frequency'], row['mmr'], 0.8):.{digits}f})")
-    value = row.get("f_mmr" if name == "f_mmr_0.2" else name)
-    return Cell() if value is None else Cell(f"{value:.{digits}f}")
+        return float(f_mmr(row["frequency"], row["mmr"], 0.8))
+    return row.get("f_mmr" if name == "f_mmr_0.2" else name)
+
+
+def _paper_cell(row: Mapping[str, float], name: str, digits: int) -> Cell:
+    value = _paper_value(row, name)
+    if value is None:
+        return Cell()
+    return Cell(f"({value:.{digits}f})" if name == "f_mmr_0.8" else f"{value:.{digits}f}")
+
+
+def table_of_claims(results: Sequence[Result]) -> Table | None:
+    """
+    PEGS minus its baselines beside the same differences in the paper's Tables 1 and 2, and in plain words where they agree.
+
+    Models are known by the names that `pegs evaluate predict` gives them; the paper's counterparts of the baselines are those of its own language model, Vicuna.
+
+    Returns:
+        [`Table`], or `None` without a PEGS and a baseline.
+
+    """
+    by_key: dict[tuple[str, str], Result] = {(result.family, result.model): result for result in results}
+    found: dict[tuple[str, str], dict[str, Difference]] = {}
+    for one, other in [(one, other) for one in COUNTERPARTS if one not in BASELINES for other in BASELINES]:
+        for name, (family, _) in CLAIMS.items():
+            if (family, one) in by_key and (family, other) in by_key:
+                difference = _difference(by_key[family, one], by_key[family, other], name)
+                if difference is not None:
+                    found.setdefault((one, other), {})[name] = difference
+    if not found:
+        return None
+    rows, paper, notes = [], [], []
+    for (one, other), row in corrected(found).items():
+        claimed = {name: _paper_difference(one, other, family, name) for name, (family, _) in CLAIMS.items()}
+        rows.append((f"{one} - {other}", [_claim_cell(row.get(name), claimed[name]) for name in CLAIMS]))
+        paper.append((f"{COUNTERPARTS[one]} - {COUNTERPARTS[other]}", [Cell() if d is None else Cell(f"{d:+.3f}") for d in claimed.values()]))  # fmt: skip
+        notes.append(f"{one} against {other}: {_verdict(row, claimed)}.")
+    notes.append(_how_they_differ(dict.fromkeys(model for pair in found for model in pair), by_key))
+    notes.append(f"* differs from 0 (p < {SIGNIFICANT}, paired bootstrap over sessions, Holm-corrected within the table); in bold if in the paper's direction.")  # fmt: skip
+    return Table("2c", "PEGS minus its baselines", [title for _, title in CLAIMS.values()], rows, paper, notes)
+
+
+def _difference(one: Result, other: Result, name: str) -> Difference | None:
+    if name not in STATISTICS or name not in one.metrics or name not in other.metrics:
+        return None
+    return compare(one, other, STATISTICS[name])
+
+
+def _agrees(difference: Difference, claimed: float | None) -> bool:
+    return claimed is not None and difference.value * claimed > 0
+
+
+def _claim_cell(difference: Difference | None, claimed: float | None) -> Cell:
+    if difference is None:
+        return Cell()
+    is_sure = difference.p < SIGNIFICANT
+    return Cell(
+        f"{difference.value:+.3f}",
+        _spread(difference.low, difference.high, 3),
+        is_sure and _agrees(difference, claimed),
+        "*" if is_sure else "",
+    )
+
+
+def _verdict(row: Mapping[str, Difference], claimed: Mapping[str, float | None]) -> str:
+    """In which metrics a model is to a baseline as in the paper, in which not, and in which nobody can say."""
+    verdicts: dict[str, list[str]] = {"as in the paper": [], "the other way round": [], "too close to tell": []}
+    for name, difference in row.items():
+        if claimed[name]:
+            sure = "as in the paper" if _agrees(difference, claimed[name]) else "the other way round"
+            verdicts[sure if difference.p < SIGNIFICANT else "too close to tell"].append(CLAIMS[name][1])
+    return "; ".join(f"{verdict} in {', '.join(names)}" for verdict, names in verdicts.items() if names)
+
+
+def _paper_difference(one: str, other: str, family: str, metric: str) -> float | None:
+    rows = [PAPER[family].get(COUNTERPARTS[model]) for model in (one, other)]
+    if None in rows:
+        return None
+    values = [_paper_value(row, metric) for row in rows if row is not None]
+    return None if None in values else round(values[0] - values[1], 4)  # type: ignore[operator]
+
+
+def _how_they_differ(models: Iterable[str], by_key: Mapping[tuple[str, str], Result]) -> str:
+    """Lengths and sticker rates, on which much of the metrics hangs."""
+    said: dict[str, list[str]] = {"the references": []}
+    for family, own, gold, told in (("text", "predicted_length", "reference_length", "{:.1f} tokens"), ("mm", "frequency", "gold_frequency", "stickers in {:.0%}")):  # fmt: skip
+        for model in models:
+            if (family, model) in by_key:
+                columns = by_key[family, model].columns()
+                said.setdefault(model, []).append(told.format(columns[own].mean()))
+                reference = told.format(columns[gold].mean())
+                if reference not in said["the references"]:
+                    said["the references"].append(reference)
+    return "What much of it hangs on: " + "; ".join(f"{who} {' and '.join(what)}" for who, what in said.items()) + "."
 
 
 def table_5(statistics: Path) -> Table:
@@ -245,7 +347,7 @@ def table_9(icc: Mapping[str, Any]) -> Table:
         if not found or found["value"] is None:
             return Cell()
         has_interval = found["low"] is not None and found["high"] is not None
-        return Cell(f"{found['value']:.3f}", f"[{found['low']:.2f}, {found['high']:.2f}]" if has_interval else "")
+        return Cell(f"{found['value']:.3f}", _spread(found["low"], found["high"], 2) if has_interval else "")
 
     forms = {"ICC1": "ICC(1,1)", "ICC2": "ICC(2,1)", "ICC3": "ICC(3,1)", "ICC1k": "ICC(1,k)", "ICC2k": "ICC(2,k)", "ICC3k": "ICC(3,k)"}  # fmt: skip
     rows = [(title, [cell(key, form) for key in keys]) for form, title in forms.items()]
@@ -260,7 +362,7 @@ def table_10_of(results: Sequence[Result]) -> Table | None:
         return None
     titles = {"emp_txt": "EMP-txt", "emp_mm": "EMP-mm", "con": "CON", "rank": "Rank", "id": "ID", "f_mmr_0.8": "f-MMr (alpha 0.8)", "f_mmr_0.2": "f-MMr (alpha 0.2)"}  # fmt: skip
     rows = [
-        (kind.capitalize(), [Cell(f"{row[kind]['value']:.2f}", f"[{row[kind]['low']:.2f}, {row[kind]['high']:.2f}]") for row in found.values()])
+        (kind.capitalize(), [Cell(f"{row[kind]['value']:.2f}", _spread(row[kind]["low"], row[kind]["high"], 2)) for row in found.values()])
         for kind in ("spearman", "kendall")
     ]  # fmt: skip
     paper = [
@@ -286,7 +388,7 @@ def draw_intervals(results: Sequence[Result], columns: Mapping[str, str]) -> str
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    names = [name for name in columns if any((m := metric_of(r, name)) and m.value is not None for r in results)]
+    names = [name for name in columns if any((m := r.metrics.get(name)) and m.value is not None for r in results)]
     if not names:
         return ""
     across = min(4, len(names))
@@ -297,7 +399,7 @@ def draw_intervals(results: Sequence[Result], columns: Mapping[str, str]) -> str
         panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
         for name, panel in zip(names, panels, strict=False):
             for place, result in enumerate(results):
-                metric = metric_of(result, name)
+                metric = result.metrics.get(name)
                 if metric is None or metric.value is None:
                     continue
                 low, high = (metric.value if bound is None else bound for bound in (metric.low, metric.high))
@@ -391,7 +493,7 @@ def make_report(
             if made:
                 tables.append(made[0])
                 differences |= {f"{number} {model}{f' {judge}' if len(judges) > 1 else ''}": row for model, row in made[1].items()}  # fmt: skip
-    more = [judges_table(results), table_5(statistics) if statistics else None, table_9(raters["icc"]) if raters.get("icc") else None, table_10_of(results)]  # fmt: skip
+    more = [table_of_claims(results), judges_table(results), table_5(statistics) if statistics else None, table_9(raters["icc"]) if raters.get("icc") else None, table_10_of(results)]  # fmt: skip
     tables += [table for table in more if table is not None]
     examples = pick_examples(runs, pack, num_examples, seed) if pack is not None else []
     said: dict[tuple[str, str], list[str]] = {}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import JsonValue, ValidationError
+from scipy.stats import t as student
 
 from dataset_builders.schema import Record
 from dataset_builders.stickerconv.sessions import describe
@@ -117,7 +118,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 class Difference(Record):
-    """How much more a model has than another over the same turns; `p` is two-sided, by paired bootstrap over sessions."""
+    """How much more a model has than another over the same turns; `p` is two-sided, by paired bootstrap over sessions; see [`compare`]."""
 
     value: float
     low: float
@@ -128,6 +129,9 @@ class Difference(Record):
 def compare(one: Result, other: Result, statistic: Statistic) -> Difference | None:
     """
     A metric's difference between two models over the turns that both have.
+
+    Its p is of Student's t with the bootstrap's standard error and as many degrees of freedom as there are sessions but one: a share of the bootstrap's rounds could not fall low
+    enough for the many differences of a table.
 
     Returns:
         [`Difference`], or `None` if they share no turn, or one has nothing to measure there.
@@ -142,9 +146,16 @@ def compare(one: Result, other: Result, statistic: Statistic) -> Difference | No
     value, drawn = differences[0], differences[1:][~np.isnan(differences[1:])]
     if np.isnan(value) or not len(drawn):
         return None
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
     low, high = interval(drawn)
-    return Difference(value=float(value), low=low, high=high, p=min(1.0, 2 * (tail + 1) / (len(drawn) + 1)))
+    return Difference(value=float(value), low=low, high=high, p=_p_value(value, drawn, turns))
+
+
+def _p_value(value: float, drawn: np.ndarray, turns: Sequence[str]) -> float:
+    freedom = len({turn.rpartition("/")[0] for turn in turns}) - 1
+    if value == 0 or freedom == 0:
+        return 1.0
+    error = float(np.std(drawn))
+    return float(2 * student.sf(abs(value) / error, freedom)) if error > 0 else 0.0
 
 
 def make_result(

@@ -5,10 +5,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -67,7 +68,9 @@ class SftArguments:
 class AnswerTrainer(SFTTrainer):
     """TRL's trainer, with logits only where there is something to learn: a tenth of the tokens, of a vocabulary that costs more than the layers."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Cross-entropy of the answers; padding is at the end, where causal attention needs no mask to leave it out, and is faster without."""
         language_model = self.accelerator.unwrap_model(model).get_base_model()
         hidden = language_model.model(inputs["input_ids"]).last_hidden_state
@@ -116,7 +119,7 @@ def train_sft(args: SftArguments) -> None:
     if args.language_model["hub_id"] == EMBEDDED["hub_id"]:
         tokenizer.chat_template = SMOLLM2_TEMPLATE
     chats = make_chats(args)
-    lengths = [len(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]) for chat in chats]
+    lengths = [len(tokenizer.apply_chat_template(chat, return_dict=False)) for chat in chats]
     short = [chat for chat, length in zip(chats, lengths, strict=True) if length <= args.trainer["max_length"]]
     logger.info(
         "%d of %d chats are short enough, %d tokens",
@@ -142,6 +145,7 @@ def train_sft(args: SftArguments) -> None:
         peft_config=LoraConfig(task_type="CAUSAL_LM", **args.lora),
         callbacks=[LogLine()],
     )
-    begun = Path(config.output_dir).is_dir()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if begun else None)
+    folder = f"{args.output_dir}/trainer"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
+    assert isinstance(trainer.model, PeftModel)
     save_adapter(trainer.model, Path(args.output_dir), args.language_model["hub_id"])

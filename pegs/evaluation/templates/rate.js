@@ -2,21 +2,26 @@
 const form = document.getElementById("form");
 const saved = document.getElementById("saved");
 const talk = document.querySelector(".talk");
+const unsaved = new Map(); // answers that the server has not confirmed
 let going = Promise.resolve();
-let failed = false;
 
 function save(input) {
+  unsaved.set(input.name, input.value);
   saved.textContent = "Saving";
-  const body = new URLSearchParams({ [input.name]: input.value });
-  going = going.then(async () => {
-    try {
-      const answer = await fetch(form.action, { method: "POST", body, headers: { "X-Autosave": "1" } });
-      failed = !answer.ok;
-    } catch {
-      failed = true;
-    }
-    saved.textContent = failed ? "Not saved" : "Saved";
-  });
+  going = going.then(send);
+}
+
+async function send() {
+  if (!unsaved.size) return;
+  const sent = new Map(unsaved);
+  const body = new URLSearchParams([...sent]);
+  let done = false;
+  try {
+    done = (await fetch(form.action, { method: "POST", body, headers: { "X-Autosave": "1" }, keepalive: true })).ok;
+  } catch {} // the server is not there: tried again
+  for (const [name, value] of done ? sent : []) if (unsaved.get(name) === value) unsaved.delete(name);
+  if (!done) setTimeout(() => (going = going.then(send)), 2000);
+  saved.textContent = !done ? "Not saved" : unsaved.size ? "Saving" : "Saved";
 }
 
 talk.scrollTop = talk.scrollHeight; // the reply to rate comes last

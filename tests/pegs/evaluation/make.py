@@ -1,10 +1,15 @@
 """A pack of coloured squares, sessions that send them, and predictions files of made-up models."""
 
 import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from subprocess import CompletedProcess
+from unittest.mock import patch
 
 from dataset_builders.schema import Generator, Message, Profile, Session, Sticker, StickerUse, Turn
 from dataset_builders.stickers.pack import PackInfo, StickerPack
+from pegs.cli import main
 from pegs.evaluation.predict import Line, Prediction, Predictions, Said, SentSticker, read_predictions
 from tests.fixtures import tiny
 
@@ -87,3 +92,15 @@ def make_run(folder: Path, model: str, sessions: int = 6, turns: int = 2, every:
             answer = (f"{model} hears you in session {s}, part {t}.", colors[(n + 1) % 6] if n % every == 0 else None)
             rows.append(row(model, f"s{s}/{t}", gold, answer))
     return write(folder / f"{model}.jsonl", rows)
+
+
+def pegs(*args: object) -> CompletedProcess:
+    """`pegs evaluate` with arguments, in this process: what it prints, and how it ends."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = ["pegs", "evaluate", *map(str, args)]
+    with patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    return CompletedProcess(argv, code, out.getvalue(), err.getvalue())

@@ -78,9 +78,9 @@ def test_judges_are_compared_turn_by_turn():
     assert row["spearman"] == pytest.approx(spearmanr([1, 2, 3, 4, 5], [2, 3, 4, 5, 5]).statistic)
 
 
-def test_values_take_diversity_from_the_details():
-    result = make_result("mm", "m", ["s/1"], {"mmr": np.array([0.5])}, {"mmr": mean_of("mmr")}, {}, {"id": 0.25})
-    assert values_of([result]) == {"m": {"mmr": 0.5, "id": 0.25}}
+def test_values_are_of_all_families():
+    made = [make_result(family, "m", ["s/1"], {name: np.array([0.5])}, {name: mean_of(name)}, {}) for family, name in (("mm", "mmr"), ("text", "cider"))]  # fmt: skip
+    assert values_of(made) == {"m": {"mmr": 0.5, "cider": 0.5}}
 
 
 def test_pairs_of_the_command():

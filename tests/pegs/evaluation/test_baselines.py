@@ -1,10 +1,15 @@
 """The baselines of section 6.2: what they are told, and the loop around their tool."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from pegs.evaluation.baselines import SYSTEM, TOOL, BaselinePredictor, baseline_chat, context_chat
-from pegs.evaluation.predict import run_predictions, system_turns
+from pegs.errors import InputError
+from pegs.evaluation.baselines import SYSTEM, TOOL, BaselinePredictor, StickerChooser, baseline_chat, context_chat
+from pegs.evaluation.predict import read_predictions, run_predictions, system_turns
 from tests.fixtures import tiny
 from tests.pegs.evaluation import make
 
@@ -45,10 +50,10 @@ class Scripted(BaselinePredictor):
         self.asked.append(chats)
         return self.script.pop(0)[: len(chats)], [1.5] * len(chats)
 
-    def _draw(self, captions, seeds):
+    def _draw(self, decoder, captions, seeds):
         self.captions += captions
-        embeds = torch.zeros(len(captions), 5, self.decoder.unet.config.cross_attention_dim)
-        return self.decoder(prompt_embeds=embeds, generator=seeds, num_inference_steps=1)
+        embeds = torch.zeros(len(captions), 5, decoder.unet.config.cross_attention_dim)
+        return decoder(prompt_embeds=embeds, generator=seeds, num_inference_steps=1).images
 
 
 def test_a_call_is_drawn_observed_and_answered(tmp_path):
@@ -67,14 +72,82 @@ def test_a_call_is_drawn_observed_and_answered(tmp_path):
     }
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
 @pytest.mark.parametrize("with_tool", [False, True])
 def test_a_seed_gives_the_same_replies(with_tool):
-    from pegs.adapters import EMBEDDED, load_language_model
-
-    model, tokenizer = load_language_model(EMBEDDED)
+    config = tiny.make_tiny_config()
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tiny_tokenizer(config)
+    tokenizer.chat_template = CHATML
     pipeline = tiny.make_tiny_decoder() if with_tool else None
-    predictor = BaselinePredictor(model, tokenizer, PACK, "untrained", pipeline)
+    predictor = BaselinePredictor(LlamaForCausalLM(config.text_config), tokenizer, PACK, "untrained", pipeline)
     turns = list(system_turns([make.make_session()], PACK))[:2]
-    first, again = predictor(turns, 3), predictor(turns, 3)
-    assert [reply.text for reply in first] == [reply.text for reply in again] and all(reply.text for reply in first)
+    first, again, other = predictor(turns, 3), predictor(turns, 3), predictor(turns, 4)
+    texts = [[reply.text for reply in replies] for replies in (first, again, other)]
+    assert texts[0] == texts[1] != texts[2] and all(texts[0])
     assert all((reply.sticker_logit is not None) == with_tool for reply in first)
+
+
+def by_colour(texts):
+    """Vectors of texts: which colours they name."""
+    rows = np.array([[1e-6, *(text.count(color) for color in make.EMOTIONS)] for text in texts], np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def chosen(folder, says, encoder, seed=0):
+    """What a chooser makes of a session's replies that say so; the second turn is without a sticker."""
+    rows = [make.row("other", f"one/{n}", ("", None), (text, "red" if n != 2 else None)) for n, text in enumerate(says, start=1)]  # fmt: skip
+    replies = make.write(folder / "other.jsonl", rows)
+    session = make.make_session("one", len(says))
+    return StickerChooser(replies, PACK, "chooser", encoder)(list(system_turns([session], PACK)), seed)
+
+
+def test_a_chooser_keeps_words_and_turns_and_sends_the_nearest_of_the_database(tmp_path):
+    replies = chosen(tmp_path, ["so blue", "white", "a red blue"], by_colour)
+    assert [reply.text for reply in replies] == ["so blue", "white", "a red blue"]
+    assert [reply.sticker_id for reply in replies] == ["blue", None, "blue"]  # red is of another database
+    again = chosen(tmp_path, ["white", "yellow", "yellow white white"], by_colour)
+    assert [reply.sticker_id for reply in again] == ["white", None, "white"]  # the System's past is the dataset's
+    seen = chosen(tmp_path, ["blue", "blue", "yellow yellow white"], by_colour)
+    assert seen[2].sticker_id == "white"  # the dataset's System sent the yellow one before
+
+
+def test_a_chooser_is_scored_on_the_references_words(tmp_path):
+    """Every reference says `system line n`, which names no colour: the order of the database, where yellow is first, white second."""
+    replies = chosen(tmp_path, ["blue", "blue", "blue"], by_colour)
+    assert [(reply.gold_rank, reply.candidates) for reply in replies] == [(0, 3), (None, None), (1, 3)]
+    assert all(reply.sticker_logit is None for reply in replies)
+
+
+def test_chance_is_chance_and_the_same_with_the_same_seed(tmp_path):
+    one, same, other = (chosen(tmp_path, ["x"] * 300, None, seed) for seed in (0, 0, 1))
+    assert [reply.sticker_id for reply in one] == [reply.sticker_id for reply in same]
+    ranks = [[reply.gold_rank for reply in replies if reply.gold_rank is not None] for replies in (one, same, other)]
+    assert ranks[0] == ranks[1] != ranks[2]
+    assert len(ranks[0]) == 200 and all(50 < ranks[0].count(rank) < 85 for rank in range(3))
+
+
+def test_a_turn_that_the_other_model_did_not_answer_is_named(tmp_path):
+    replies = make.write(tmp_path / "other.jsonl", [make.row("other", "one/1", ("", None), ("x", None))])
+    turns = list(system_turns([make.make_session()], PACK))
+    with pytest.raises(InputError, match=r"--replies .*other.jsonl: has no turn one/2"):
+        StickerChooser(replies, PACK, "chooser", None)(turns, 0)
+
+
+def test_the_command_chooses_by_minilm(tmp_path):
+    PACK.save(tmp_path / "pack")
+    (tmp_path / "sessions.jsonl").write_text(make.make_session().model_dump_json() + "\n", "utf-8")
+    rows = [make.row("pegs", f"one/{n}", ("", None), ("I am so sad, blue and sad", "red")) for n in (1, 2, 3)]
+    other = make.write(tmp_path / "pegs.jsonl", rows)
+    command = ("predict", "--sessions", tmp_path / "sessions.jsonl", "--stickers", tmp_path / "pack", "--out", tmp_path / "out.jsonl")  # fmt: skip
+    done = make.pegs(*command, "--variant", "minilm", "--replies", other.path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"predictions": str(tmp_path / "out.jsonl"), "model": "baseline-minilm", "turns": 3, "stickers": 3}  # fmt: skip
+    run = read_predictions(tmp_path / "out.jsonl")
+    assert [row.predicted.sticker.id for row in run.rows] == ["blue"] * 3  # "blue, sadness"
+    for wrong in (("--variant", "random"), ("--variant", "ret", "--replies", other.path)):
+        assert "--replies and one of --variant minilm and --variant random go together" in make.pegs(*command, *wrong).stderr  # fmt: skip

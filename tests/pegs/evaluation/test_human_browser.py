@@ -54,7 +54,8 @@ def open_link(playwright, link, width=1280):
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
     page = browser.new_page(viewport={"width": width, "height": 860})
     page.goto(link)
-    page.click("#start")
+    with page.expect_navigation():
+        page.click("#start")
     return browser, page
 
 
@@ -123,4 +124,39 @@ def test_it_works_without_scripts(playwright, served):
         page.locator("fieldset").nth(number).locator("label").nth(2).click()
     page.click("#next")
     assert page.url.endswith("/2")
+    browser.close()
+
+
+def until(page, condition):
+    """Let the browser go on until a condition holds, at most 10 s."""
+    for _ in range(100):
+        if condition():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("it did not happen within 10 s")
+
+
+def test_saved_is_said_when_every_answer_is_and_a_lost_one_is_sent_again(playwright, served):
+    folder, links = served
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    page = browser.new_page()
+    page.goto(f"{links[0]}/2")
+    first, second = page.locator("fieldset input[value='1']").evaluate_all(
+        "inputs => inputs.slice(0, 2).map(i => i.name)"
+    )
+    held, told = [], page.locator("#saved")
+    page.route("**/r/*/2", lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
+    page.keyboard.press("4")
+    page.keyboard.press("5")
+    until(page, lambda: held)
+    held.pop(0).continue_()
+    until(page, lambda: held)
+    assert told.inner_text() == "Saving"  # the second one is still under way
+    held.pop(0).abort()
+    until(page, lambda: told.inner_text() == "Not saved")
+    assert Study(folder).page(1, 2).scores[first] == 4
+    page.unroute("**/r/*/2")
+    until(page, lambda: told.inner_text() == "Saved")
+    scores = Study(folder).page(1, 2).scores
+    assert (scores[first], scores[second]) == (4, 5)
     browser.close()

@@ -2,10 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,8 +226,7 @@ def test_the_command_estimates_judges_and_stops_at_the_cap(tmp_path):
     files = [str(run.path) for run in make_runs(tmp_path, turns=2)]
 
     def pegs(*args):
-        command = [str(Path(sys.executable).with_name("pegs")), "evaluate", "llm", *files, "--out", str(tmp_path / "results"), "--stickers", str(tmp_path / "pack")]  # fmt: skip
-        return subprocess.run([*command, *args], capture_output=True, text=True, timeout=120)
+        return make.pegs("llm", *files, "--out", tmp_path / "results", "--stickers", tmp_path / "pack", *args)
 
     with Server(judge()) as server:
         endpoint = ("--llm", server.url, "--model", "scripted")

@@ -44,6 +44,8 @@ def test_table_2_fits_alpha_0_2_and_not_the_stated_0_8():
     for row in PAPER["mm"].values():
         for alpha, found in errors.items():
             found.append(abs(mm.f_mmr(row["frequency"], row["mmr"], alpha) - row["f_mmr"]))
+    fitting = {model: round(mm.f_mmr(row["frequency"], row["mmr"], 0.2), 3) for model, row in PAPER["mm"].items()}
+    assert fitting == {"Vicuna-tool": 0.600, "ChatGLM3-tool": 0.646, "PEGS-Ret": 0.654, "PEGS-RAG": 0.659, "PEGS-Gen": 0.647}  # fmt: skip
     assert len(errors[0.2]) == 5 and max(errors[0.2]) <= 0.002 and min(errors[0.8]) >= 0.035
     stated = {model: round(mm.f_mmr(row["frequency"], row["mmr"], 0.8), 3) for model, row in PAPER["mm"].items()}
     assert stated == {"Vicuna-tool": 0.227, "ChatGLM3-tool": 0.609, "PEGS-Ret": 0.593, "PEGS-RAG": 0.597, "PEGS-Gen": 0.570}  # fmt: skip
@@ -88,8 +90,12 @@ def test_timing_equals_scikit_learns_average_precision():
 def test_diversity_equals_the_mean_over_all_pairs():
     vectors = [v / np.linalg.norm(v) for v in np.random.default_rng(0).normal(size=(7, 5))]
     pairs = [1 - vectors[i] @ vectors[j] for i in range(7) for j in range(7) if i != j]
-    assert mm.diversity(vectors) == pytest.approx(np.mean(pairs))
-    assert mm.diversity([E[0], E[0]]) == 0 and mm.diversity([E[0]]) is None
+    once = np.ones((1, 8))
+    assert mm.diversity_of([*vectors, None])({}, once)[0] == pytest.approx(np.mean(pairs))
+    assert mm.diversity_of([E[0], None, E[0]])({}, once[:, :3])[0] == 0
+    assert np.isnan(mm.diversity_of([E[0], None])({}, once[:, :2])[0]) and np.isnan(mm.diversity_of([None])({}, once[:, :1])[0])  # fmt: skip
+    drawn = mm.diversity_of([E[0], E[1], E[1]])({}, np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [2.0, 0.0, 0.0]]))
+    assert drawn[:2] == pytest.approx([1, 0]) and np.isnan(drawn[2])  # a turn drawn twice is no pair
 
 
 def run_of(folder, model="m"):
@@ -118,6 +124,9 @@ def test_figures_of_four_turns(tmp_path):
         1 / 6
     )
     assert result.settings["tower"] == "colours + letters"
+    green = tower.embed_images([load_sticker(tiny.picture("green"))])[0]
+    apart = [1 - one @ other for one, other in ((blue, yellow), (blue, green), (yellow, green))]
+    assert value["id"] == pytest.approx(np.mean(apart)) and result.metrics["id"].high is not None
 
 
 def test_each_sticker_and_text_is_embedded_once(tmp_path):

@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ from pegs.evaluation.report import (
     to_markdown,
     write_report,
 )
-from pegs.evaluation.results import make_result, write_result
+from pegs.evaluation.results import make_result, mean_of, write_result
 from tests.pegs.evaluation import make
 
 
@@ -42,9 +39,10 @@ def results_of(judges=("judge",)):
         columns = text.text_columns(*zip(*pairs, strict=True), with_meteor=False)
         texts = {name: s for name, s in text.STATISTICS.items() if name != "meteor" and "bertscore" not in name}
         results.append(make_result("text", model, turns, columns, texts, {"tokenizer": "t"}))
-        names = ("frequency", "gold_frequency", "mmr", "mmr_precision", "mmr_recall", "mmr_f1", "recall_at_1", "recall_at_5", "recall_at_10", "mrr", "timing_agreement", "emotion_agreement", "sticker_logit")  # fmt: skip
+        names = ("frequency", "gold_frequency", "mmr", "mmr_precision", "mmr_recall", "mmr_f1", "recall_at_1", "recall_at_5", "recall_at_10", "mrr", "timing_agreement", "emotion_agreement", "sticker_logit", "id")  # fmt: skip
         columns = {name: near(0.5 + place / 10) for name in names} | {"gold_frequency": np.arange(30) % 2.0}
-        results.append(make_result("mm", model, turns, columns, multimodal.STATISTICS, {"tower": "toy"}, {"id": 0.5 - place / 10}))  # fmt: skip
+        columns["id"] = near(0.5 - place / 10)
+        results.append(make_result("mm", model, turns, columns, {**multimodal.STATISTICS, "id": mean_of("id")}, {"tower": "toy"}))  # fmt: skip
         for judge in judges:
             columns = {"emp_txt": near(3 + place / 2), "emp_mm": near(3 + place / 2), "con": near(4), "rank": near(4.0 - place)}  # fmt: skip
             results.append(make_result("llm", model, turns, columns, llm_judge.STATISTICS, {"judge": judge}))
@@ -121,6 +119,41 @@ def test_latex_is_balanced(report):
         assert len({len(re.findall(r"(?<!\\)&", line)) for line in tabular.splitlines() if "&" in line}) == 1
 
 
+def made_of(model, family, **columns):
+    statistics = {**text.STATISTICS, **multimodal.STATISTICS}
+    wanted = {*columns, *(name for name in statistics if family == "mm" and name.startswith("f_mmr"))}
+    turns, figures = (
+        [f"s{n}/1" for n in range(40)],
+        {name: np.asarray(column, float) for name, column in columns.items()},
+    )
+    return make_result(
+        family, model, turns, figures, {name: statistics[name] for name in wanted & set(statistics)}, {}
+    )
+
+
+def test_where_pegs_is_to_its_baselines_as_in_the_paper_is_said():
+    """METEOR as in the paper (more), CIDEr the other way round, ROUGE-L too close; and MMr against the tool alone."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (2, 40))
+    pegs = {"meteor": 0.4 + noise[0], "cider": 0.1 + noise[0], "rouge_l": 0.3 + noise[0], "predicted_length": [8] * 40, "reference_length": [16] * 40}  # fmt: skip
+    base = {"meteor": 0.3 + noise[1], "cider": 0.4 + noise[1], "rouge_l": 0.3 + noise[1], "predicted_length": [12] * 40, "reference_length": [16] * 40}  # fmt: skip
+    results = [made_of("pegs-gen", "text", **pegs), *(made_of(model, "text", **base) for model in ("baseline-text", "baseline-tool"))]  # fmt: skip
+    for model, value in (("pegs-gen", 0.5), ("baseline-text", 0.9), ("baseline-tool", 0.8)):
+        seldom = np.arange(40) % 2 if model == "pegs-gen" else np.zeros(40)
+        results.append(made_of(model, "mm", mmr=value + noise[0], frequency=seldom, gold_frequency=np.arange(40) % 4 > 0))  # fmt: skip
+    made = table(make_report(results, {}), "2c")
+    assert [name for name, _ in made.rows] == ["pegs-gen - baseline-text", "pegs-gen - baseline-tool"]
+    assert [name for name, _ in made.paper] == ["PEGS-Gen - Vicuna-text", "PEGS-Gen - Vicuna-tool"]
+    cell = {title: (ours, theirs) for title, ours, theirs in zip(made.columns, made.rows[1][1], made.paper[1][1], strict=True)}  # fmt: skip
+    assert cell["MET"][0].is_best and cell["MET"][0].mark == "*" and cell["MET"][1].text == "+0.080"
+    assert not cell["CIDEr"][0].is_best and cell["CIDEr"][0].mark == "*" and cell["CIDEr"][0].text.startswith("-0.3")
+    assert not cell["ROU_L"][0].is_best and not cell["ROU_L"][0].mark
+    assert cell["f-MMr (alpha 0.8)"][1].text == "+0.344" and cell["BLEU-1"][0].text == "-"
+    against_text, against_tool = made.notes[:2]
+    assert against_text.startswith("pegs-gen against baseline-text: as in the paper in MET; the other way round in CIDEr; too close to tell in ROU_L.")  # fmt: skip
+    assert "as in the paper in MET, MMr, f-MMr (alpha 0.8); the other way round in CIDEr, f-MMr (alpha 0.2); too" in against_tool  # fmt: skip
+    assert "the references 16.0 tokens and stickers in 75%; pegs-gen 8.0 tokens and stickers in 50%; baseline-text 12.0 tokens and stickers in 0%" in made.notes[2]  # fmt: skip
+
+
 def test_two_judges_are_two_tables_and_compared():
     made = make_report(results_of(("a", "b")), {})
     assert [t.title for t in made.tables if t.number == "3"] == ["LLM-based metrics by a", "LLM-based metrics by b"]
@@ -155,23 +188,18 @@ def test_results_of_a_model_do_not_come_twice(tmp_path):
         read_results([tmp_path])
 
 
-def pegs(*args):
-    command = [str(Path(sys.executable).with_name("pegs")), "evaluate", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_from_predictions_to_the_report_by_the_commands(tmp_path):
     PACK.save(tmp_path / "pack")
     files = [
         make.make_run(tmp_path / "predictions", model, every=n + 1).path for n, model in enumerate(("one", "two"))
     ]
     stickers = ("--stickers", tmp_path / "pack")
-    done = pegs("text", *files, "--out", tmp_path / "results", "--no-bertscore", "--no-meteor", "--json")
+    done = make.pegs("text", *files, "--out", tmp_path / "results", "--no-bertscore", "--no-meteor", "--json")
     assert done.returncode == 0, done.stderr
     assert [row["model"] for row in json.loads(done.stdout)["results"]] == ["one", "two"]
-    done = pegs("mm", *files, "--out", tmp_path / "results", "--tower", "mini", *stickers)
+    done = make.pegs("mm", *files, "--out", tmp_path / "results", "--tower", "mini", *stickers)
     assert done.returncode == 0 and "f_mmr_0.8" in done.stdout and "f_mmr_0.2" in done.stdout, done.stderr
-    done = pegs("report", tmp_path / "results", "--predictions", tmp_path / "predictions", "--out", tmp_path / "report", *stickers, "--json")  # fmt: skip
+    done = make.pegs("report", tmp_path / "results", "--predictions", tmp_path / "predictions", "--out", tmp_path / "report", *stickers, "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tables"] == ["1", "2", "2b"]
     html = (tmp_path / "report" / "report.html").read_text("utf-8")
@@ -189,6 +217,6 @@ def test_from_predictions_to_the_report_by_the_commands(tmp_path):
 )  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, args, said):
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    done = pegs(*(arg.format(tmp=tmp_path) for arg in args))
+    done = make.pegs(*(arg.format(tmp=tmp_path) for arg in args))
     assert done.returncode == 2 and done.stdout == "" and said.format(tmp=tmp_path) in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

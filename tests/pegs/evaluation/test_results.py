@@ -62,6 +62,17 @@ def test_paired_differences_see_what_intervals_hide():
     assert false_alarms <= 12
 
 
+def test_a_plain_difference_survives_the_correction_for_a_whole_table():
+    """Table 1 of seven models asks 66 questions: p must be able to fall below 0.05 / 66."""
+    rng = np.random.default_rng(0)
+    one, other = result("a", rng.normal(1, 0.5, 54)), result("b", rng.normal(0, 0.5, 54))
+    assert compare(one, other, mean_of("x")).p < 0.05 / 100
+    few = compare(result("a", [1.0, 2.0, 2.5]), result("b", [0.0, 0.5, 2.0]), mean_of("x"))
+    assert few.p > 0.05  # three sessions do not settle anything
+    assert compare(result("a", [1.0]), result("b", [0.0]), mean_of("x")).p == 1.0
+    assert compare(result("a", [1.0] * 9), result("b", [0.0] * 9), mean_of("x")).p == 0.0
+
+
 def test_corpus_bleu_of_resampled_turns_is_that_of_the_drawn_corpus():
     pairs = [("a b c d e", "a b c d e"), ("one two three four", "one two four"), ("x y z", "x y w")]
     columns = text_columns(*zip(*pairs, strict=True), with_meteor=False)
