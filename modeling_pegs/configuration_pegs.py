@@ -17,8 +17,9 @@ class PegsConfig(PreTrainedConfig):
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the causal language model; defaults to Llama's.
-        vision_config (`dict` or `Blip2VisionConfig`, *optional*):
-            Configuration of the vision encoder (paper: EVA-CLIP ViT-g/14).
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the vision encoder (paper: BLIP-2's EVA-CLIP ViT-g/14); of another one if the dict's `model_type` says so, e.g.
+            `clip_vision_model`, `siglip_vision_model` or `siglip2_vision_model`.
         qformer_config (`dict` or `Blip2QFormerConfig`, *optional*):
             Configuration of the Q-Former.
         language_model (`dict`, *optional*):
@@ -81,12 +82,12 @@ class PegsConfig(PreTrainedConfig):
     """
 
     model_type = "pegs"
-    sub_configs = {"text_config": AutoConfig, "vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "qformer_config": Blip2QFormerConfig}
 
     def __init__(
         self,
         text_config: dict | PreTrainedConfig | None = None,
-        vision_config: dict | Blip2VisionConfig | None = None,
+        vision_config: dict | PreTrainedConfig | None = None,
         qformer_config: dict | Blip2QFormerConfig | None = None,
         language_model: dict | None = None,
         num_query_tokens: int = 32,
@@ -114,7 +115,8 @@ class PegsConfig(PreTrainedConfig):
         if isinstance(text_config, dict):
             text_config = CONFIG_MAPPING[text_config.get("model_type", "llama")](**text_config)
         if not isinstance(vision_config, PreTrainedConfig):
-            vision_config = Blip2VisionConfig(**(vision_config or {}))
+            vision_config = {"model_type": Blip2VisionConfig.model_type, **(vision_config or {})}
+            vision_config = CONFIG_MAPPING[vision_config["model_type"]](**vision_config)
         if not isinstance(qformer_config, PreTrainedConfig):
             qformer_config = Blip2QFormerConfig(
                 **{"encoder_hidden_size": vision_config.hidden_size, **(qformer_config or {})}

@@ -20,7 +20,7 @@ for name in ("modeling_pegs", "pipelines", "pegs", "dataset_builders"):
     raise SystemExit(f"{name} can be imported here, so this proves nothing")
 from PIL import Image
 from diffusers import DiffusionPipeline
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 path = sys.argv[1]
 model = AutoModel.from_pretrained(path, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
@@ -31,7 +31,10 @@ stickers = DiffusionPipeline.from_pretrained(path, trust_remote_code=True)
 stickers.set_progress_bar_config(disable=True)
 image = stickers(prompt_embeds=out.sticker_prompt_embeds, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
 image.save(sys.argv[3])
-print(json.dumps({"module": type(model).__module__, "ids": out.sequences[0].tolist(), "queries": out.sticker_queries[0].tolist()}))
+assert type(AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)) is type(model)
+chat = pipeline("image-text-to-text", model=path, trust_remote_code=True)
+answer = chat(text=messages, max_new_tokens=5, return_full_text=False, generate_kwargs={"do_sample": False, "sticker_bias": float("inf")})
+print(json.dumps({"answer": answer[0]["generated_text"], "module": type(model).__module__, "ids": out.sequences[0].tolist(), "queries": out.sticker_queries[0].tolist()}))
 """
 
 
@@ -67,6 +70,11 @@ def test_model_processor_and_pipeline_load_without_this_package(tmp_path, model,
         **inputs, max_new_tokens=5, do_sample=False, sticker_bias=float("inf"), forced_eos_token_id=tiny.EOS
     )
     assert result["ids"] == here.sequences[0].tolist()
+    plain = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, sticker_bias=float("inf"), return_dict_in_generate=False
+    )
+    said = processor.decode(plain[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert result["answer"] == said
     torch.testing.assert_close(torch.tensor(result["queries"]), here.sticker_queries[0], atol=1e-5, rtol=1e-5)
     from PIL import Image
 

@@ -1,16 +1,26 @@
-"""How often a reply has a sticker: the shift of `[IMG1]`'s score that makes it a wished share of the turns."""
+"""How often a reply has a sticker: what `sticker_rate` needs to know of the model, measured on its own replies."""
 
 import torch
 
 from modeling_pegs import PegsModel, PegsProcessor
 
 
+CUT = -100.0  # log-odds that stand for a reply that was cut, which never has a sticker
+
+
 @torch.no_grad()
 def sticker_logits(
-    model: PegsModel, processor: PegsProcessor, contexts: list[list[dict]], batch_size: int = 16, seed: int = 0
+    model: PegsModel,
+    processor: PegsProcessor,
+    contexts: list[list[dict]],
+    batch_size: int = 16,
+    seed: int = 0,
+    **generate_kwargs,
 ) -> torch.Tensor:
     """
-    Log-odds of a sticker at the end of sampled replies, by the model's own generation config and without shift.
+    The model's own log-odds of a sticker at the end of replies that it writes by its generation config.
+
+    Contexts of like length share a batch, so that little is computed on padding.
 
     Args:
         model ([`PegsModel`]): Its generation config says how to sample.
@@ -18,45 +28,48 @@ def sticker_logits(
         contexts (`list[list[dict]]`): Messages in the chat format, each list ending with a user's.
         batch_size (`int`, *optional*, defaults to 16): Replies a batch.
         seed (`int`, *optional*, defaults to 0): Seed of the sampling.
+        **generate_kwargs: More arguments of [`PegsModel.generate`].
 
     Returns:
-        `torch.Tensor` of shape `(n,)`: One a reply that came to its end; replies that were cut are left out.
+        `torch.Tensor` of shape `(n,)`: In the order of `contexts`; NaN for a reply that was cut.
 
     """
     torch.manual_seed(seed)  # noqa: TID251  entry point
-    logits = []
-    for start in range(0, len(contexts), batch_size):
+    logits = torch.zeros(len(contexts))
+    for rows in batches_of_like_length(processor, contexts, batch_size):
         inputs = processor.apply_chat_template(
-            contexts[start : start + batch_size], add_generation_prompt=True, tokenize=True, return_tensors="pt"
+            [contexts[row] for row in rows], add_generation_prompt=True, tokenize=True, return_tensors="pt"
         )
-        logits.append(model.generate(**inputs.to(model.device), sticker_bias=0.0).sticker_logit.cpu())
-    flat = torch.cat(logits)
-    return flat[~flat.isnan()]
+        output = model.generate(**inputs.to(model.device), sticker_rate="model", **generate_kwargs)
+        logits[rows] = output.sticker_logit.float().cpu()
+    return logits
 
 
-def fit_sticker_bias(logits: torch.Tensor, rate: float, temperature: float = 1.0) -> float:
+def batches_of_like_length(processor: PegsProcessor, contexts: list[list[dict]], batch_size: int) -> list[list[int]]:
+    """Rows of `contexts` in batches, the longest contexts first."""
+    texts = processor.apply_chat_template(contexts, add_generation_prompt=True)
+    lengths = [len(text) + 4 * processor.num_query_tokens * text.count(processor.image_token) for text in texts]
+    order = sorted(range(len(contexts)), key=lambda row: -lengths[row])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def logit_quantiles(logits: torch.Tensor, count: int = 100) -> list[float]:
     """
-    Shift `b` for which the mean of `sigmoid((logits + b) / temperature)` is `rate`.
+    What a generation config keeps as `sticker_logit_quantiles`, so that any rate can be asked for later.
 
     Args:
-        logits (`torch.Tensor` of shape `(n,)`): From [`sticker_logits`].
-        rate (`float`): Wished share of replies with a sticker, in `(0, 1)`.
-        temperature (`float`, *optional*, defaults to 1.0): Temperature that replies are sampled at.
+        logits (`torch.Tensor` of shape `(n,)`): From [`sticker_logits`], on dialogues that the model was not trained on.
+        count (`int`, *optional*, defaults to 100): How many; value `i` is the quantile `(i + 0.5) / count`.
 
     Returns:
-        `float`.
+        `list[float]`: Ascending.
 
     Raises:
-        ValueError: If `rate` is not between 0 and 1 or there are no logits.
+        ValueError: If there are no logits.
 
     """
-    if not 0 < rate < 1 or not len(logits):
-        raise ValueError(f"Need 0 < rate < 1 and at least one reply, got rate {rate} and {len(logits)} replies.")
-    low, high = -100.0, 100.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if torch.sigmoid((logits.double() + middle) / temperature).mean() < rate:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    if not len(logits):
+        raise ValueError("Quantiles need at least one reply, got none.")
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    values = torch.quantile(logits.double().nan_to_num(nan=CUT), places)
+    return [round(value, 3) for value in values.tolist()]

@@ -1,5 +1,5 @@
 """
-Put a trained model and its decoder into one folder in Hub layout, in half precision, with its sticker rate fitted on the validation sessions.
+Put a trained model and its decoder into one folder in Hub layout, in half precision, calibrated on the validation sessions for any sticker rate.
 
     python -m pegs.training.export --language outputs/mini/joint --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
 """
@@ -17,7 +17,8 @@ from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
-from pegs.training.calibrate import fit_sticker_bias, sticker_logits
+from modeling_pegs.generation_pegs import find_sticker_bias
+from pegs.training.calibrate import logit_quantiles, sticker_logits
 from pegs.training.dialogues import turn_contexts
 from pipelines.pipeline_sticker import StickerPipeline
 
@@ -35,7 +36,7 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
         language (`str`): Trained PEGS checkpoint.
         decoder (`str`): Trained `StickerPipeline` folder.
         out (`str`): Folder to write; only the card of an earlier export is kept.
-        sessions (`list[Session]`): Held-out sessions; the share of their System turns with a sticker becomes the model's.
+        sessions (`list[Session]`): Held-out sessions; `sticker_rate` is calibrated on them, and the share of their System turns with a sticker is its default.
         pack ([`StickerPack`]): Where their stickers are.
 
     """
@@ -50,11 +51,11 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
     model.generation_config.max_length = None
     golds = [turn.system.sticker is not None for session in sessions for turn in session.turns]
     contexts = [context for session in sessions for context in turn_contexts(session, pack)]
-    bias = fit_sticker_bias(
-        sticker_logits(model, processor, contexts), sum(golds) / len(golds), model.generation_config.temperature
-    )
-    logger.info("sticker_bias %.3f for a rate of %.3f", bias, sum(golds) / len(golds))
-    model.generation_config.sticker_bias = round(bias, 3)
+    quantiles = logit_quantiles(sticker_logits(model, processor, contexts))
+    rate = round(sum(golds) / len(golds), 3)
+    logger.info("sticker_rate %.3f, bias %.3f", rate, find_sticker_bias(rate, torch.tensor(quantiles), sampled=True))
+    settings = {"sticker_rate": rate, "sticker_logit_quantiles": quantiles}
+    model.generation_config.update(allow_custom_entries=True, **settings)
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))

@@ -1,7 +1,13 @@
 import pytest
 import torch
+from transformers import DynamicCache, TextStreamer
 
-from modeling_pegs.generation_pegs import StickerLogitsProcessor
+from modeling_pegs.generation_pegs import (
+    StickerLogitsProcessor,
+    draw_thresholds,
+    find_sticker_bias,
+    sticker_odds,
+)
 from tests.fixtures import tiny
 
 
@@ -83,22 +89,268 @@ def test_sticker_logit_is_the_unbiased_log_odds(model, processor):
     torch.testing.assert_close(output.sticker_logit[0], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_bias_moves_only_how_a_text_ends():
-    ids = torch.zeros(3, 4, dtype=torch.long)
+def test_the_end_takes_over_what_the_sticker_would_get():
     scores = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
-    scores[2, [1, 2, 6]] = -torch.inf  # as `min_new_tokens` does
-    for bias in (-torch.inf, -3.0, 0.0, 3.0, torch.inf):
-        processor = StickerLogitsProcessor([5, 6, 7, 8], 6, [1, 2], prompt_length=2, bias=bias)
-        before, after = scores.clone(), processor(ids, scores)
-        before[:, [5, 7, 8]] = -torch.inf
-        old, new = before.softmax(-1), after.softmax(-1)
-        torch.testing.assert_close(new[:, [0, 3, 4]], old[:, [0, 3, 4]])
-        over = old[:2, 1] + old[:2, 2] + old[:2, 6]
-        odds = torch.log(old[:2, 6] / (old[:2, 1] + old[:2, 2])) + bias
-        torch.testing.assert_close(new[:2, 6], over * odds.sigmoid())
-        if bias < torch.inf:
-            torch.testing.assert_close(new[:2, 1] / new[:2, 2], old[:2, 1] / old[:2, 2])
-        assert (new[2, [1, 2, 6]] == 0).all() and not after.isnan().any()
+    processor = StickerLogitsProcessor(img1_id=6, stop_ids=[1, 2], first_added_id=5, prompt_length=2)
+    before, after = scores.clone(), processor(torch.zeros(3, 4, dtype=torch.long), scores)
+    assert torch.equal(scores, before)
+    before[:, [5, 7, 8]] = -torch.inf
+    old, new = before.softmax(-1), after.softmax(-1)
+    torch.testing.assert_close(new[:, [0, 3, 4]], old[:, [0, 3, 4]])
+    torch.testing.assert_close(new[:, [1, 2]].sum(-1), old[:, [1, 2, 6]].sum(-1))
+    torch.testing.assert_close(new[:, 1] / new[:, 2], old[:, 1] / old[:, 2])
+    torch.testing.assert_close(processor.odds[0], (old[:, 6] / old[:, [1, 2]].sum(-1)).log())
+    assert (processor(torch.zeros(3, 2, dtype=torch.long), scores)[:, [1, 2, 5, 6, 7, 8]] == -torch.inf).all()
+
+
+def texts_of(output, prompt_length, model):
+    """The ids of each reply's text."""
+    first, pad = model.config.first_new_token_id, model.generation_config.pad_token_id
+    rows = output.sequences[:, prompt_length:].tolist()
+    return [[token for token in row if token < first and token not in (pad, tiny.EOS)] for row in rows]
+
+
+@pytest.fixture
+def calibrated():
+    model = tiny.make_tiny_model()
+    spread = torch.linspace(-3, 3, 100).tolist()
+    model.generation_config.update(allow_custom_entries=True, sticker_logit_quantiles=spread)
+    return model
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_rate_never_changes_the_text(calibrated, processor, do_sample):
+    inputs = prompts(processor, [tiny.dialogue(), tiny.dialogue(stickers=False)] * 4)
+    length, texts, masks = inputs["input_ids"].shape[1], [], []
+    for rate in (0.0, 0.3, 0.9, 1.0, "model"):
+        torch.manual_seed(3)
+        output = calibrated.generate(**inputs, sticker_rate=rate, do_sample=do_sample, max_new_tokens=8, forced_eos_token_id=tiny.EOS)  # fmt: skip
+        texts.append(texts_of(output, length, calibrated))
+        masks.append(output.sticker_mask)
+    assert all(text == texts[0] for text in texts)
+    assert not masks[0].any() and masks[3].all()
+    assert (masks[1] <= masks[2]).all()  # a higher rate only adds stickers
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_rate_is_met_on_replies_like_those_it_was_fitted_on(rate, sampled):
+    torch.manual_seed(0)
+    logits = torch.randn(4000) * 2 - 3
+    quantiles = torch.quantile(logits, (torch.arange(100) + 0.5) / 100)
+    bias = find_sticker_bias(rate, quantiles, sampled)
+    thresholds = torch.cat([draw_thresholds(16, bias, sampled) for _ in range(250)])
+    assert (logits > thresholds).float().mean().item() == pytest.approx(rate, abs=0.012)
+
+
+def test_a_batch_is_nearer_to_its_rate_than_independent_draws():
+    torch.manual_seed(0)
+    for _ in range(20):
+        sent = (0.0 > draw_thresholds(16, bias=0.4, sampled=True)).sum()
+        assert abs(sent - 16 * torch.tensor(0.4).sigmoid()) < 1
+
+
+def test_a_sampled_sticker_comes_as_often_as_the_model_says():
+    torch.manual_seed(0)
+    sent = torch.cat([1.5 > draw_thresholds(1, bias=0.0, sampled=True) for _ in range(2000)]).float().mean()
+    assert sent.item() == pytest.approx(torch.tensor(1.5).sigmoid().item(), abs=0.03)
+
+
+def test_impossible_rates_are_refused(model, calibrated, processor):
+    inputs = prompts(processor, tiny.dialogue())
+    for arguments, message in (
+        ({"sticker_rate": 1.2}, r"must be in \[0, 1\] or \"model\", got 1.2"),
+        ({"sticker_rate": "often"}, "got 'often'"),
+        ({"sticker_rate": 0.5, "sticker_bias": 1.0}, "not both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrated.generate(**inputs, **arguments)
+    with pytest.raises(ValueError, match="needs `sticker_logit_quantiles`"):
+        model.generate(**inputs, sticker_rate=0.5)
+
+
+def test_the_rate_of_the_generation_config_survives_saving(calibrated, processor, tmp_path):
+    calibrated.generation_config.update(allow_custom_entries=True, sticker_rate=1.0)
+    calibrated.save_pretrained(tmp_path)
+    again = type(calibrated).from_pretrained(tmp_path)
+    inputs = prompts(processor, tiny.dialogue())
+    fast = {"do_sample": False, "max_new_tokens": 6, "forced_eos_token_id": tiny.EOS}
+    assert again.generate(**inputs, **fast).sticker_mask.all()
+    assert not again.generate(**inputs, **fast, sticker_rate=0.0).sticker_mask.any()
+    assert again.generation_config.sticker_logit_quantiles == calibrated.generation_config.sticker_logit_quantiles
+
+
+def test_penalties_do_not_change_the_odds(model, processor):
+    inputs = prompts(processor, tiny.dialogue())
+    output = model.generate(**inputs, **ALWAYS, repetition_penalty=1.5)
+    length = int((output.sequences[0] < model.config.first_new_token_id).sum() + (inputs["input_ids"][0] >= model.config.first_new_token_id).sum())  # fmt: skip
+    logits = model(input_ids=output.sequences[:, :length], pixel_values=inputs["pixel_values"]).logits[:, -1]
+    odds = sticker_odds(logits, model.config.img_token_ids[0], [tiny.EOS])
+    torch.testing.assert_close(output.sticker_logit, odds, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_beams_read_their_span_as_a_fresh_pass_does(model, processor, copies):
+    dialogues = [tiny.dialogue(), [*tiny.dialogue()[:1], *tiny.dialogue()[1:]], tiny.dialogue(stickers=False)]
+    dialogues[1][0]["content"].append({"type": "image", "image": tiny.picture("yellow")})
+    inputs = prompts(processor, dialogues)
+    output = model.generate(**inputs, **ALWAYS, num_beams=3, num_return_sequences=copies)
+    assert output.sticker_mask.shape == (3 * copies,) and output.sticker_mask.all()
+    for row in range(3 * copies):
+        alone = prompts(processor, dialogues[row // copies])
+        new = output.sequences[row, inputs["input_ids"].shape[1] :]
+        new = new[new != model.generation_config.pad_token_id]
+        ids = torch.cat([alone["input_ids"][0], new]).unsqueeze(0)
+        assert new[-model.config.num_img_tokens :].tolist() == model.config.img_token_ids
+        hidden = model(input_ids=ids, pixel_values=alone.get("pixel_values")).last_hidden_state
+        query = model.retrieval_head.embed_text(hidden[:, -5:-3])
+        torch.testing.assert_close(output.sticker_queries[row], query[0], atol=1e-4, rtol=1e-4)
+        odds = sticker_odds(model.score(hidden[:, -6]), model.config.img_token_ids[0], [tiny.EOS])
+        torch.testing.assert_close(output.sticker_logit[row], odds[0], atol=1e-4, rtol=1e-4)
+
+
+def test_beams_find_a_likelier_text_than_greedy_and_with_any_rate_the_same(calibrated, processor):
+    inputs = prompts(processor, tiny.dialogue())
+    length = inputs["input_ids"].shape[1]
+    outputs = [calibrated.generate(**inputs, num_beams=3, do_sample=False, max_new_tokens=6, sticker_rate=r) for r in (0.0, 1.0)]  # fmt: skip
+    assert texts_of(outputs[0], length, calibrated) == texts_of(outputs[1], length, calibrated)
+    with pytest.raises(ValueError, match="cannot be used with beam search"):
+        calibrated.generate(**inputs, num_beams=3, past_key_values=DynamicCache())
+
+
+def test_several_samples_a_prompt_see_their_own_pictures(model, processor):
+    first = tiny.dialogue()
+    first[0]["content"].append({"type": "image", "image": tiny.picture("yellow")})
+    inputs = prompts(processor, [first, tiny.dialogue()])
+    greedy = {**ALWAYS, "do_sample": True, "top_k": 1}
+    output = model.generate(**inputs, **greedy, num_return_sequences=2)
+    single = model.generate(**inputs, **greedy)
+    assert torch.equal(output.sequences[0], output.sequences[1])
+    for row in range(4):
+        torch.testing.assert_close(output.sticker_queries[row], single.sticker_queries[row // 2])
+
+
+class Listener:
+    """Writes down what a streamer hears."""
+
+    def __init__(self):
+        self.heard = []
+
+    def put(self, value):
+        self.heard.append(value.flatten().tolist())
+
+    def end(self):
+        self.heard.append("end")
+
+    def on_sticker(self, output):
+        self.heard.append(output)
+
+
+@pytest.mark.parametrize("bias", [torch.inf, -torch.inf])
+def test_a_streamer_hears_the_text_then_the_sticker(model, processor, bias):
+    inputs, listener = prompts(processor, tiny.dialogue()), Listener()
+    output = model.generate(**inputs, **{**ALWAYS, "sticker_bias": bias}, streamer=listener)
+    text = texts_of(output, inputs["input_ids"].shape[1], model)[0]
+    prompt, *tokens = listener.heard
+    assert prompt == inputs["input_ids"][0].tolist()
+    assert tokens == [*([token] for token in text), [tiny.EOS], "end", *([output] if bias > 0 else [])]
+
+
+def test_a_plain_text_streamer_writes_no_sticker_token(model, processor, capsys):
+    inputs = prompts(processor, tiny.dialogue())
+    model.generate(**inputs, **ALWAYS, streamer=TextStreamer(processor.tokenizer, skip_prompt=True))
+    assert "IMG" not in capsys.readouterr().out
+
+
+def conversation(processor, model, output, inputs, reply_image="green"):
+    """The next turn's messages, with what the model has just said and sent."""
+    said = processor.decode(texts_of(output, inputs["input_ids"].shape[1], model)[0])
+    answer = [{"type": "text", "text": said}]
+    if output.sticker_mask[0]:
+        answer.append({"type": "image", "image": tiny.picture(reply_image)})
+    question = [{"type": "text", "text": "Oh?"}, {"type": "image", "image": tiny.picture("black")}]
+    return [*tiny.dialogue(), {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+
+
+@pytest.mark.parametrize("bias", [torch.inf, -torch.inf])
+def test_a_cache_kept_across_turns_gives_what_a_fresh_pass_gives(model, processor, bias, monkeypatch):
+    settings = {**ALWAYS, "sticker_bias": bias}
+    inputs = prompts(processor, tiny.dialogue())
+    first = model.generate(**inputs, **settings)
+    messages = conversation(processor, model, first, inputs)
+    edited = [{**message, "content": list(message["content"])} for message in messages]
+    edited[0]["content"][1] = {"type": "image", "image": tiny.picture("white")}  # another picture in the same place
+    cache, lengths = first.past_key_values, []
+    forward = model.decoder.forward
+
+    def spy(*args, **kwargs):
+        lengths.append(kwargs["inputs_embeds"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.decoder, "forward", spy)
+    for turn in (messages, edited):
+        again = prompts(processor, turn)
+        lengths.clear()
+        with_cache = model.generate(**again, **settings, past_key_values=cache)
+        computed = lengths[0]
+        fresh = model.generate(**again, **settings)
+        assert torch.equal(with_cache.sequences, fresh.sequences)
+        for name in ("sticker_logit", "sticker_queries", "sticker_prompt_embeds"):
+            torch.testing.assert_close(with_cache[name], fresh[name], atol=1e-4, rtol=1e-4)
+        kept = again["input_ids"].shape[1] - computed
+        cache = with_cache.past_key_values
+        if turn is messages:
+            said = len(texts_of(first, inputs["input_ids"].shape[1], model)[0])
+            span = model.config.num_img_tokens if bias > 0 else 0
+            assert kept >= inputs["input_ids"].shape[1] + said + span - 1
+        else:
+            before = again["input_ids"][0].tolist().index(model.config.image_token_id)
+            assert kept == before
+
+
+def test_a_cache_that_an_interrupted_reply_has_filled_is_not_believed(model, processor):
+    inputs, other = prompts(processor, tiny.dialogue()), prompts(processor, tiny.dialogue(stickers=False))
+    first = model.generate(**inputs, **ALWAYS)
+    cache = first.past_key_values
+
+    class Interrupt(Listener):
+        def put(self, value):
+            if len(self.heard) == 2:
+                raise KeyboardInterrupt
+            super().put(value)
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**other, **ALWAYS, past_key_values=cache, streamer=Interrupt())
+    again = model.generate(**inputs, **ALWAYS, past_key_values=cache)
+    assert torch.equal(again.sequences, first.sequences)
+    torch.testing.assert_close(again.sticker_queries, first.sticker_queries, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_conversations_keeps_its_cache_where_columns_agree(model, processor):
+    dialogues = [tiny.dialogue(), tiny.dialogue(stickers=False)]
+    inputs = prompts(processor, dialogues)
+    first = model.generate(**inputs, **ALWAYS)
+    longer = [[*d, {"role": "assistant", "content": [{"type": "text", "text": "Ah."}]}, d[2]] for d in dialogues]
+    again = prompts(processor, longer)
+    cached = model.generate(**again, **ALWAYS, past_key_values=first.past_key_values)
+    fresh = model.generate(**again, **ALWAYS)
+    assert torch.equal(cached.sequences, fresh.sequences)
+    torch.testing.assert_close(cached.sticker_queries, fresh.sticker_queries, atol=1e-4, rtol=1e-4)
+
+
+def test_a_static_cache_gives_what_the_dynamic_one_gives(model, processor):
+    inputs = prompts(processor, [tiny.dialogue(), tiny.dialogue(stickers=False)])
+    static = model.generate(**inputs, **ALWAYS, cache_implementation="static")
+    dynamic = model.generate(**inputs, **ALWAYS)
+    assert torch.equal(static.sequences, dynamic.sequences)
+    torch.testing.assert_close(static.sticker_queries, dynamic.sticker_queries, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(static.sticker_prompt_embeds, dynamic.sticker_prompt_embeds, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_dictionary_there_are_the_sequences_alone(model, processor):
+    inputs = prompts(processor, tiny.dialogue())
+    sequences = model.generate(**inputs, **ALWAYS, return_dict_in_generate=False)
+    assert torch.equal(sequences, model.generate(**inputs, **ALWAYS).sequences)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
-from modeling_pegs import PegsConfig, PegsModel
+from modeling_pegs import PegsConfig, PegsModel, modeling_pegs
 from modeling_pegs.retrieval_head import info_nce_loss
 from tests.fixtures import tiny
 
@@ -169,3 +172,209 @@ def test_gradient_checkpointing_does_not_change_the_loss(processor):
     model.gradient_checkpointing_enable()
     torch.manual_seed(1)
     torch.testing.assert_close(model(**batch).loss, plain)
+
+
+BACKBONES = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "glm": {"head_dim": 8, "pad_token_id": 2},
+    "glm4": {"head_dim": 8, "pad_token_id": 2},
+}
+VISION = {
+    "blip_2_vision_model": {},
+    "clip_vision_model": {},
+    "siglip_vision_model": {},
+    "siglip2_vision_model": {"num_patches": 4},
+}
+
+
+def make_backbone(text: str, vision: str, **changes) -> PegsModel:
+    base = tiny.make_tiny_config()
+    text_config = {**base.text_config.to_dict(), "model_type": text, **BACKBONES[text]}
+    vision_values = {k: v for k, v in base.vision_config.to_dict().items() if k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")}  # fmt: skip
+    vision_config = {**vision_values, "model_type": vision, **VISION[vision]}
+    return tiny.make_tiny_model(text_config=text_config, vision_config=vision_config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "vision"),
+    [
+        ("llama", "clip_vision_model"),
+        ("qwen3", "siglip_vision_model"),
+        ("glm", "siglip2_vision_model"),
+        ("glm4", "blip_2_vision_model"),
+    ],
+)
+def test_any_backbone_trains_saves_and_generates(text, vision, tmp_path, processor):
+    model = make_backbone(text, vision, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    assert (model.config.text_config.model_type, model.config.vision_config.model_type) == (text, vision)
+    model(**batch_for(model, processor)).loss.backward()
+    assert model.query_tokens.grad.abs().sum() > 0 and model.language_projection.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    again = PegsModel.from_pretrained(tmp_path)
+    assert type(again.causal_lm) is type(model.causal_lm) and type(again.vision_model) is type(model.vision_model)
+    inputs = processor.apply_chat_template(
+        [tiny.dialogue(), tiny.dialogue()[:1]], add_generation_prompt=True, tokenize=True, return_tensors="pt"
+    )
+    always = {"sticker_bias": torch.inf, "do_sample": False, "max_new_tokens": 4, "forced_eos_token_id": tiny.EOS}
+    one, two = (m.generate(**inputs, **always) for m in (model, again))
+    assert torch.equal(one.sequences, two.sequences) and one.sticker_mask.all()
+    torch.testing.assert_close(one.sticker_queries, two.sticker_queries)
+
+
+def test_siglip2_sees_the_patches_of_its_own_processor():
+    from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
+
+    model = make_backbone("llama", "siglip2_vision_model")
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    patches = torch.stack([torch.tensor(convert_image_to_patches(image.numpy(), 14)) for image in pixels])
+    shapes, mask = torch.tensor([[2, 2], [2, 2]]), torch.ones(2, 4, dtype=torch.long)
+    expected = model.vision_model(patches, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output
+    torch.testing.assert_close(model.encode_images(pixels).pooler_output, expected)
+
+
+def test_kept_vision_states_stand_for_the_pictures(model, processor):
+    batch = batch_for(model, processor)
+    states = model.encode_images(batch["pixel_values"]).last_hidden_state
+    kept = {key: value for key, value in batch.items() if key != "pixel_values"}
+    torch.testing.assert_close(model(**kept, vision_states=states).loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_checkpoint_holds_everything(tmp_path, processor, tied):
+    text_config = {**tiny.make_tiny_config().text_config.to_dict(), "tie_word_embeddings": tied}
+    whole = tiny.make_tiny_model(text_config=text_config)
+    whole.language_model.save_pretrained(tmp_path / "backbone")
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    model = PegsModel(tiny.make_tiny_config(text_config=text_config, language_model={"hub_id": "a/b"}, lora=lora))
+    model.attach_language_model(copy.deepcopy(whole.language_model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.eval()
+    ids = torch.randint(3, 200, (1, 9), generator=torch.Generator().manual_seed(0))
+    before = model(input_ids=ids).logits
+    merged = model.merge()
+    torch.testing.assert_close(merged(input_ids=ids).logits, before, atol=1e-5, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged" / "adapter").exists()
+    again = PegsModel.from_pretrained(tmp_path / "merged")
+    assert torch.equal(again(input_ids=ids).logits, merged(input_ids=ids).logits)
+    assert (again.causal_lm.lm_head.weight is again.get_input_embeddings().weight) == tied
+
+
+@pytest.fixture
+def referring(tmp_path):
+    """A checkpoint with an adapter in one folder, its language model in another."""
+    whole = tiny.make_tiny_model()
+    whole.language_model.save_pretrained(tmp_path / "backbone")
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    model = PegsModel(tiny.make_tiny_config(language_model={"hub_id": "nobody/nothing"}, lora=lora))
+    model.attach_language_model(whole.language_model)
+    model.eval().save_pretrained(tmp_path / "pegs")
+    return tmp_path
+
+
+def test_device_map_and_quantisation_reach_the_language_model(referring, monkeypatch):
+    load, seen = modeling_pegs.AutoModelForCausalLM.from_pretrained, {}
+
+    def spy(*args, **kwargs):
+        seen.update(kwargs)
+        return load(*args, **{k: v for k, v in kwargs.items() if k != "quantization_config"})
+
+    monkeypatch.setattr(modeling_pegs.AutoModelForCausalLM, "from_pretrained", spy)
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    model = PegsModel.from_pretrained(
+        referring / "pegs",
+        language_model_path=referring / "backbone",
+        device_map="auto",
+        attn_implementation="eager",
+        quantization_config=config,
+    )
+    assert seen["device_map"] == "auto" and seen["quantization_config"] is config
+    assert model.causal_lm.config._attn_implementation == "eager"
+    assert model.causal_lm.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
+    assert model(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
+    with pytest.raises(ValueError, match="holds its own"):
+        model.merge().save_pretrained(referring / "merged")
+        PegsModel.from_pretrained(referring / "merged", quantization_config=config)
+
+
+def test_quantising_needs_what_transformers_needs(referring):
+    if is_bitsandbytes_available():
+        pytest.skip("bitsandbytes is there")
+    with pytest.raises(ImportError, match="bitsandbytes"):
+        PegsModel.from_pretrained(
+            referring / "pegs",
+            language_model_path=referring / "backbone",
+            quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        )
+
+
+def rewrite(file, change) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("retrieval_head.text_projection.weight", "model.safetensors"),
+        ("base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight", "adapter/adapter_model.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_tensor_that_does_not_fit_is_named(referring, name, file, missing):
+    path = referring / "pegs" / file
+    rewrite(path, lambda t: t.pop(name) if missing else t.update({name: torch.zeros(3, 5)}))
+    with pytest.raises(ValueError) as caught:
+        PegsModel.from_pretrained(referring / "pegs", language_model_path=referring / "backbone")
+    (line,) = str(caught.value).splitlines()
+    assert name in line and ("is missing" if missing else "has the shape (3, 5)") in line
+
+
+@pytest.mark.parametrize("place", ["pegs", "pegs/adapter", "backbone"])
+def test_pickles_are_not_opened(referring, place):
+    (weights,) = (referring / place).glob("*.safetensors")
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError) as caught:
+        PegsModel.from_pretrained(referring / "pegs", language_model_path=referring / "backbone")
+    (line,) = str(caught.value).splitlines()
+    assert f"{weights.stem}.bin" in line and "pickle" in line
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_base_vocabulary_stays_as_it_is(processor, tied):
+    from pegs.training.language import freeze_except
+
+    text_config = {**tiny.make_tiny_config().text_config.to_dict(), "tie_word_embeddings": tied}
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    model = tiny.make_tiny_model(text_config=text_config, lora=lora)
+    freeze_except(model, ["lora", "added_vocabulary", "language_projection", "retrieval_head", "feature_mapper"])
+    rows = {"in": model.get_input_embeddings().weight, "out": model.causal_lm.get_output_embeddings().weight}
+    before = {side: weight.clone() for side, weight in rows.items()}
+    added = model.added_vocabulary.embedding.weight.clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
+    batch = batch_for(model, processor)
+    batch = {key: value for key, value in batch.items() if key != "pixel_values"} | {
+        "vision_states": model.encode_images(batch["pixel_values"]).last_hidden_state.detach()
+    }
+    for _ in range(100):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for side, weight in rows.items():
+        assert torch.equal(weight, before[side]), side
+    assert not torch.equal(model.added_vocabulary.embedding.weight, added)
+    assert (rows["in"] is rows["out"]) == tied
+
+
+def test_the_forward_pass_compiles_in_one_graph(processor):
+    model = tiny.make_tiny_model()
+    batch = batch_for(model, processor)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)

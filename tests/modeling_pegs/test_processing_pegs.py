@@ -63,3 +63,69 @@ def test_broken_pictures_are_named(tmp_path):
             load_sticker(tmp_path / name)
     with pytest.raises(StickerImageError, match="more than 64,000,000"):
         load_sticker(Image.new("1", (9000, 9000)))
+
+
+def check_whole(ids, pixel_values, config):
+    """Stickers and spans are whole, and there is a picture for each sticker."""
+    text = "".join(chr(token) for token in ids if token >= config.first_new_token_id)
+    image = "".join(map(chr, [config.first_new_token_id, *[config.image_token_id] * config.num_query_tokens, config.first_new_token_id + 1]))  # fmt: skip
+    span = "".join(map(chr, config.img_token_ids))
+    assert not text.replace(image, "").replace(span, "")
+    assert (0 if pixel_values is None else len(pixel_values)) == text.count(image)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncation_never_cuts_a_sticker_or_a_span(processor, model, side, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", side)
+    text = f"<IMG>hi{''.join(model.config.new_tokens[3:])}<IMG>, <IMG><IMG> there"
+    colors = ["red", "green", "blue", "black"]
+    images = [Image.new("RGB", (28, 28), color) for color in colors]
+    whole = processor(text, images, return_tensors="pt")
+    length = whole["input_ids"].shape[1]
+    numbers = set()
+    for max_length in range(1, length + 1):
+        inputs = processor(text, images, truncation=True, max_length=max_length)
+        ids = inputs["input_ids"][0]
+        assert max_length - 7 < len(ids) <= max_length
+        full = whole["input_ids"][0].tolist()
+        assert ids == (full[len(full) - len(ids) :] if side == "left" else full[: len(ids)])
+        check_whole(ids, inputs.get("pixel_values"), model.config)
+        count = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        numbers.add(count)
+        if count:
+            expected = whole["pixel_values"][4 - count :] if side == "left" else whole["pixel_values"][:count]
+            assert torch.equal(inputs["pixel_values"], expected)
+    assert numbers == {0, 1, 2, 3, 4}
+
+
+def test_truncated_dialogues_are_padded_and_keep_their_own_pictures(processor, model, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", "left")
+    dialogues = [tiny.dialogue(), tiny.dialogue()[:1]]
+    whole = processor.apply_chat_template(dialogues[0], tokenize=True)["input_ids"][0]
+    length = len(whole) - whole.index(model.config.image_token_id) - 1  # the first sticker's last placeholder is kept
+    inputs = processor.apply_chat_template(
+        dialogues, tokenize=True, return_tensors="pt", truncation=True, max_length=length
+    )
+    assert inputs["input_ids"].shape[1] == length and inputs["pixel_values"].shape[0] == 2  # of three
+    alone = processor.apply_chat_template(dialogues[1], tokenize=True, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"][1:], alone["pixel_values"])
+    model(**inputs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_on_the_side_that_is_asked_for(processor, model, side):
+    dialogues = [tiny.dialogue(), tiny.dialogue()[:1]]
+    inputs = processor.apply_chat_template(dialogues, tokenize=True, return_tensors="pt", padding_side=side)
+    alone = processor.apply_chat_template(dialogues[1], tokenize=True, return_tensors="pt")
+    width = alone["input_ids"].shape[1]
+    row = inputs["input_ids"][1]
+    assert (row[-width:] if side == "left" else row[:width]).tolist() == alone["input_ids"][0].tolist()
+    assert inputs["attention_mask"][1].sum() == width
+    together, single = (model(**batch).last_hidden_state for batch in (inputs, alone))
+    own = together[1, -width:] if side == "left" else together[1, :width]
+    torch.testing.assert_close(own, single[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_message_can_be_continued(processor):
+    messages = [*tiny.dialogue(), {"role": "assistant", "content": [{"type": "text", "text": "He was"}]}]
+    assert processor.apply_chat_template(messages, continue_final_message=True).endswith("assistant\nHe was")
