@@ -159,7 +159,24 @@ def load_pipeline(
         raise InputError(
             f"--model {model}: has no model_index.json of a sticker decoder, which --variant {variant} needs."
         )
-    return PegsPipeline(pegs, processor, pack, embed_pack(pegs, processor, pack), decoder)
+    embeds = embed_pack(pegs, processor, pack)
+    try:
+        return PegsPipeline(pegs, processor, pack, embeds, decoder, caption_encoder(decoder))
+    except ValueError as error:
+        raise InputError(f"--model {model}: {error}") from error
+
+
+def caption_encoder(decoder: StickerPipeline | None) -> Callable[[list[str]], torch.Tensor] | None:
+    """From captions to a decoder's prompt embeddings `(B, L, D)`: MiniLM, by which one without a text encoder of its own was trained."""
+    if decoder is None or decoder.text_encoder is not None:
+        return None
+
+    def encode(captions: list[str]) -> torch.Tensor:
+        from pegs.training.text_states import encode_captions  # seconds to import, and seldom used
+
+        return encode_captions(captions, decoder.config.prompt_length)
+
+    return encode
 
 
 def resolve_checkpoint(model: str | os.PathLike) -> Path:

@@ -2,12 +2,19 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
+
+from .finishing import finish
+from .selector import StickerSelector
+
+
+CONDITIONS = ("generation", "caption", "pooled")
 
 
 class Pack(Protocol):
@@ -40,9 +47,10 @@ class PegsReply:
         variant (`str`): `"ret"`, `"gen"` or `"rag"`.
         retrieved (`list[Retrieved]`): Nearest stickers, best first; the first is the one sent by `"ret"` and drawn over by `"rag"`.
         sticker_id (`str`, *optional*): Id of the sticker if it was retrieved, not drawn.
-        blocked (`str`, *optional*): Why the safety check refused a drawing; the retrieved sticker is sent instead.
+        blocked (`str`, *optional*): Why the safety check refused every drawing; the retrieved sticker is sent instead.
         seed (`int`): Seed of text and drawing.
         seconds (`dict[str, float]`): Time spent on `text` and `sticker`.
+        rank (`float`, *optional*): Share of the pack's stickers that the best drawing resembles less than it resembles the reply, in [0, 1].
 
     """
 
@@ -55,13 +63,15 @@ class PegsReply:
     blocked: str | None
     seed: int
     seconds: dict[str, float] = field(default_factory=dict)
+    rank: float | None = None
 
 
 class PegsPipeline:
     """
     Answer dialogues with text and stickers (StickerConv, figure 3).
 
-    One instance serves many conversations: it keeps nothing of any of them.
+    One instance serves many conversations: it keeps nothing of any of them. `counts` says how many replies there were, with a sticker, drawn and retrieved, and
+    how many drawings the safety check blocked and how many were not good enough.
 
     Args:
         model (`PegsModel`): The model.
@@ -69,14 +79,39 @@ class PegsPipeline:
         pack ([`Pack`]): Stickers to retrieve from.
         pack_embeds (`torch.Tensor` of shape `(M, e)`): The pack's vectors in the model's retrieval space, in the order of `pack.by_id`.
         decoder (`StickerPipeline`, *optional*): Draws stickers; needed for the variants `"gen"` and `"rag"`.
+        encode_captions (`Callable`, *optional*): From captions to the decoder's prompt embeddings `(B, L, D)`; defaults to the decoder's own text encoder.
+
+    Raises:
+        ValueError: If the model's prompt embeddings do not fit the decoder.
 
     """
 
-    def __init__(self, model: Any, processor: Any, pack: Pack, pack_embeds: torch.Tensor, decoder: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        pack: Pack,
+        pack_embeds: torch.Tensor,
+        decoder: Any = None,
+        encode_captions: Callable[[list[str]], torch.Tensor] | None = None,
+    ) -> None:
         self.model, self.processor, self.pack, self.decoder = model, processor, pack, decoder
         self.pack_ids = list(pack.by_id)
         self.pack_embeds = pack_embeds
+        self.counts: Counter[str] = Counter()
+        self._encode_captions = encode_captions
+        emotions = [pack.by_id[sticker_id].emotion for sticker_id in self.pack_ids]
+        self.selector = StickerSelector(pack_embeds, emotions) if model.config.num_retrieval_tokens else None
         self._lock = threading.Lock()
+        if decoder is not None and model.config.num_generation_tokens:
+            given = (model.config.prompt_length, model.config.prompt_dim)
+            taken = (decoder.config.prompt_length, decoder.unet.config.cross_attention_dim)
+            if given != taken:
+                raise ValueError(
+                    f"The model's feature mapper gives {given[0]} prompt embeddings of size {given[1]} (`prompt_length`, `prompt_dim`), but the "
+                    f"sticker decoder takes {taken[0]} of size {taken[1]} (`prompt_length`, its UNet's `cross_attention_dim`): they were not "
+                    "trained for each other."
+                )
 
     def retrieve(self, query: torch.Tensor, top_k: int = 5, exclude: Sequence[str] = ()) -> list[Retrieved]:
         """
@@ -104,13 +139,24 @@ class PegsPipeline:
         seed: int = 0,
         exclude: Sequence[str] = (),
         max_new_tokens: int = 64,
+        condition: str = "generation",
+        emotion: str | None = None,
+        emotion_scale: float = 1.0,
         strength: float = 0.6,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 2.5,
+        num_neighbours: int = 1,
+        num_candidates: int | None = None,
+        floor: float = 0.1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        size: int = 512,
+        outline: float = 0.0,
+        callback_on_step_end: Callable[..., dict] | None = None,
         **generate_kwargs,
     ) -> PegsReply:
         """
         Answer the last message of a dialogue.
+
+        > Parameters that control the text
 
         Args:
             messages (`list[dict]`): The dialogue in the chat format, the last message a user's.
@@ -118,22 +164,39 @@ class PegsPipeline:
             seed (`int`, *optional*, defaults to 0): Same seed, same reply and picture.
             exclude (`Sequence[str]`, *optional*): Sticker ids not to send again.
             max_new_tokens (`int`, *optional*, defaults to 64): Longest text.
+            **generate_kwargs: More arguments of `PegsModel.generate`.
+
+        > Parameters that control what is drawn
+
+        Args:
+            condition (`str`, *optional*, defaults to `"generation"`): What the decoder draws from: `"generation"`, the reply's generation tokens; `"caption"`, the
+                caption of the nearest sticker; `"pooled"`, the mean of the captions of the nearest `num_neighbours`, weighted as below.
+            emotion (`str`, *optional*): Emotion to draw instead of the reply's own.
+            emotion_scale (`float`, *optional*, defaults to 1.0): 0 for neutral, more than 1 to exaggerate.
             strength (`float`, *optional*, defaults to 0.6): How far `"rag"` goes from the retrieved sticker, in (0, 1].
-            num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a drawing.
-            guidance_scale (`float`, *optional*, defaults to 2.5): Classifier-free guidance of a drawing.
-            generate_kwargs: More arguments of `PegsModel.generate`.
+            num_neighbours (`int`, *optional*, defaults to 1): How many of the nearest stickers `"rag"` draws over, mixed by a softmax of their similarities.
+            num_candidates (`int`, *optional*): Drawings to choose from, defaults to the decoder's `default_num_candidates`.
+            floor (`float`, *optional*, defaults to 0.1): Share of the pack that a drawing must resemble less than it resembles the reply; below it the retrieved
+                sticker is sent. 0 sends any drawing.
+
+        > Parameters that control how it is drawn
+
+        Args:
+            num_inference_steps (`int`, *optional*): Denoising steps of a drawing, defaults to the decoder's.
+            guidance_scale (`float`, *optional*): Classifier-free guidance of a drawing, defaults to the decoder's.
+            size (`int`, *optional*, defaults to 512): Side of a drawn sticker in pixels.
+            outline (`float`, *optional*, defaults to 0.0): Width of a white rim as a share of the side, around whatever is sent.
+            callback_on_step_end (`Callable`, *optional*): See [`StickerPipeline.__call__`].
 
         Returns:
             [`PegsReply`].
 
         Raises:
-            ValueError: If the variant is unknown or cannot be served by this model or without a decoder.
+            ValueError: If the variant or the condition is unknown, or cannot be served by this model or without a decoder.
 
         """
         variant = variant or self.model.config.variant
-        self.model.config.check_variant(variant)
-        if variant != "ret" and self.decoder is None:
-            raise ValueError(f"`variant` {variant!r} draws stickers, but no sticker decoder was loaded.")
+        self.check_inputs(variant, condition, num_neighbours)
         started = time.perf_counter()
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -155,31 +218,139 @@ class PegsPipeline:
         )
         started = time.perf_counter()
         if output.sticker_mask[0]:
+            query = None
             if output.sticker_queries is not None:
-                reply.retrieved = self.retrieve(output.sticker_queries[0], exclude=exclude)
-            if variant != "ret":
-                init_image = self.pack.image(reply.retrieved[0].id) if variant == "rag" else None
-                drawn = self.decoder(
-                    prompt_embeds=output.sticker_prompt_embeds[:1],
-                    init_image=init_image,
-                    strength=strength,
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    generator=torch.Generator().manual_seed(seed),
-                )
-                reply.sticker, reply.blocked = drawn.images[0], drawn.blocked[0]
-                reply.why = "Drawn from the reply's own generation tokens."
-                if variant == "rag":
-                    reply.why = f"Drawn over {reply.retrieved[0].id}, the nearest sticker of the pack."
-            if variant == "ret" or reply.blocked is not None:
+                query = output.sticker_queries[0]
+                reply.retrieved = self.retrieve(query, max(5, num_neighbours), exclude)
+            if variant == "ret":
                 self._send_retrieved(reply)
+            else:
+                neighbours = reply.retrieved[:num_neighbours]
+                with self._lock:  # a scheduler holds the state of one drawing
+                    self._draw(
+                        reply,
+                        query,
+                        num_candidates or self.decoder.config.default_num_candidates,
+                        floor,
+                        condition,
+                        emotion,
+                        prompt_embeds=self.condition_embeds(condition, output.sticker_prompt_embeds[:1], neighbours),
+                        init_image=self.mix_latents(neighbours) if variant == "rag" and neighbours else None,
+                        strength=strength,
+                        emotion_scale=emotion_scale,
+                        num_inference_steps=num_inference_steps,
+                        guidance_scale=guidance_scale,
+                        callback_on_step_end=callback_on_step_end,
+                    )
+            if reply.sticker is not None:
+                reply.sticker = finish(reply.sticker, None if reply.sticker_id else size, outline)
         reply.seconds["sticker"] = time.perf_counter() - started
+        self._count(reply)
         return reply
 
-    def _send_retrieved(self, reply: PegsReply) -> None:
-        reply.sticker = None
+    def check_inputs(self, variant: str, condition: str, num_neighbours: int) -> None:
+        """
+        Check the arguments of a call before anything is computed.
+
+        Raises:
+            ValueError: See [`PegsPipeline.__call__`].
+
+        """
+        self.model.config.check_variant(variant)
+        if variant != "ret" and self.decoder is None:
+            raise ValueError(f"`variant` {variant!r} draws stickers, but no sticker decoder was loaded.")
+        if condition not in CONDITIONS:
+            raise ValueError(f"`condition` must be one of {', '.join(CONDITIONS)}, got {condition!r}.")
+        if variant != "ret" and condition != "generation":
+            if self.selector is None:
+                raise ValueError(
+                    f"`condition` {condition!r} needs a model that retrieves; this one has no retrieval tokens."
+                )
+            if self._encode_captions is None and self.decoder.text_encoder is None:
+                raise ValueError(
+                    f"`condition` {condition!r} needs `encode_captions`, or a sticker decoder with a text encoder."
+                )
+        if num_neighbours < 1:
+            raise ValueError(f"`num_neighbours` must be at least 1, got {num_neighbours}.")
+
+    def neighbour_weights(self, neighbours: Sequence[Retrieved]) -> torch.Tensor:
+        """Softmax `(k,)` of the similarities of retrieved stickers, at the temperature they were learned with (eq. 6-7)."""
+        scores = torch.tensor([neighbour.score for neighbour in neighbours])
+        return (scores / self.model.config.retrieval_temperature).softmax(dim=0)
+
+    @torch.no_grad()
+    def condition_embeds(
+        self, condition: str, prompt_embeds: torch.Tensor, neighbours: Sequence[Retrieved]
+    ) -> torch.Tensor:
+        """What the decoder draws from `(1, L, D)`: the reply's own `prompt_embeds`, or captions of retrieved stickers."""
+        if condition == "generation" or not neighbours:
+            return prompt_embeds
+        nearest = neighbours[:1] if condition == "caption" else neighbours
+        encode = self._encode_captions or self.decoder.encode_prompt
+        states = encode([self.pack.by_id[neighbour.id].caption for neighbour in nearest])
+        return (self.neighbour_weights(nearest).to(states).view(-1, 1, 1) * states).sum(dim=0, keepdim=True)
+
+    @torch.no_grad()
+    def mix_latents(self, neighbours: Sequence[Retrieved]) -> torch.Tensor:
+        """Weighted mean `(1, C, h, w)` of the decoder's latents of retrieved stickers."""
+        latents = self.decoder.encode_image([self.pack.image(neighbour.id) for neighbour in neighbours])
+        return (self.neighbour_weights(neighbours).to(latents).view(-1, 1, 1, 1) * latents).sum(dim=0, keepdim=True)
+
+    def intended_emotion(self, retrieved: Sequence[Retrieved]) -> str | None:
+        """The emotion that most of the weight of the retrieved stickers is on."""
+        votes: Counter[str] = Counter()
+        for neighbour, weight in zip(retrieved, self.neighbour_weights(retrieved).tolist(), strict=True):
+            if neighbour.emotion:
+                votes[neighbour.emotion] += weight
+        return votes.most_common(1)[0][0] if votes else None
+
+    @torch.no_grad()
+    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """Unit vectors `(N, e)` of pictures in the retrieval space (eq. 5)."""
+        inputs = self.processor(["<IMG>"] * len(images), images, return_tensors="pt")
+        return self.model.embed_stickers(inputs["pixel_values"].to(self.model.device)).float().cpu()
+
+    def _draw(
+        self,
+        reply: PegsReply,
+        query: torch.Tensor | None,
+        num_candidates: int,
+        floor: float,
+        condition: str,
+        emotion: str | None,
+        **decoder_kwargs,
+    ) -> None:
+        """Draw candidates, choose one, and fall back to retrieval where none may or should be sent."""
+        generators = [torch.Generator().manual_seed(reply.seed + i) for i in range(num_candidates)]
+        drawn = self.decoder(
+            num_images_per_prompt=num_candidates, generator=generators, emotion=emotion, **decoder_kwargs
+        )
+        allowed = [blocked is None for blocked in drawn.blocked]
+        self.counts["blocked"] += allowed.count(False)
+        if not any(allowed):
+            reply.blocked = drawn.blocked[0]
+            return self._send_retrieved(reply, f"The drawing was blocked ({reply.blocked})")
+        best = allowed.index(True)
+        if self.selector is not None and query is not None:
+            intended = emotion or self.intended_emotion(reply.retrieved)
+            choice = self.selector.choose(self.embed_images(drawn.images), query.float().cpu(), intended, allowed)
+            best, reply.rank = choice.index, choice.rank
+            if reply.rank < floor:
+                self.counts["below_floor"] += 1
+                return self._send_retrieved(
+                    reply, f"The drawing resembles the reply more than {reply.rank:.0%} of the pack only"
+                )
+        reply.sticker = drawn.images[best]
+        source = {"generation": "the reply's own generation tokens", "caption": "the caption of the nearest sticker"}
+        reply.why = f"Drawn from {source.get(condition, 'the captions of the nearest stickers')}"
+        if reply.variant == "rag" and reply.retrieved:
+            reply.why += f" over {reply.retrieved[0].id}, the nearest sticker of the pack"
+        reply.why += f"; the best of {num_candidates}." if num_candidates > 1 else "."
+        return None
+
+    def _send_retrieved(self, reply: PegsReply, because: str | None = None) -> None:
         if not reply.retrieved:
-            reply.why = f"The drawing was blocked ({reply.blocked}) and there is no sticker to retrieve instead."
+            reply.why = f"{because or 'The pack has no sticker left'}, and there is no sticker to retrieve instead."
             return
         best = reply.retrieved[0]
         sticker = self.pack.by_id[best.id]
@@ -188,8 +359,14 @@ class PegsPipeline:
         reply.why = f"{best.id} ({', '.join([*known, f'similarity {best.score:.2f}'])})"
         if sticker.recommendation:
             reply.why += f": {sticker.recommendation}"
-        if reply.blocked is not None:
-            reply.why = f"The drawing was blocked ({reply.blocked}); instead {reply.why}"
+        if because is not None:
+            reply.why = f"{because}; instead {reply.why}"
+
+    def _count(self, reply: PegsReply) -> None:
+        with self._lock:
+            self.counts["replies"] += 1
+            if reply.sticker is not None:
+                self.counts.update(("stickers", "retrieved" if reply.sticker_id else "drawn"))
 
 
-__all__ = ["PegsPipeline", "PegsReply", "Retrieved"]
+__all__ = ["CONDITIONS", "PegsPipeline", "PegsReply", "Retrieved"]
