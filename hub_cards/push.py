@@ -79,9 +79,16 @@ def push_folder(
     else:
         url = _push_files(folder, kind, repo_id, private, have_rights, options or CardOptions())
     if tag:
-        commit, repo_type = url.rpartition("/")[2], REPO_TYPES.get(kind, "model")
-        HfApi().create_tag(repo_id, tag=tag, revision=commit, repo_type=repo_type)
+        _tag(repo_id, REPO_TYPES.get(kind, "model"), tag, url.rpartition("/")[2])
     return url
+
+
+def _tag(repo_id: str, repo_type: str, tag: str, commit: str) -> None:
+    """Give a commit a tag, unless a call that was cut short has done so."""
+    api = HfApi()
+    tags = api.list_repo_refs(repo_id, repo_type=repo_type).tags
+    if not any(ref.name == tag and ref.target_commit == commit for ref in tags):
+        api.create_tag(repo_id, tag=tag, revision=commit, repo_type=repo_type)
 
 
 def _push_files(folder: Path, kind: Kind, repo_id: str, private: bool, have_rights: bool, options: CardOptions) -> str:

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dataset_builders.stickerconv.features import FEATURES, turn_rows
+from dataset_builders.stickerconv.features import FEATURES, turns_table
 from dataset_builders.stickerconv.inputs import SplitCheck, known_stickers, open_pack, read_rows, sticker_rows
 from dataset_builders.stickerconv.sessions import SessionError, describe
 from dataset_builders.stickerconv.sources import SPLITS, Format, Source, find_sources, split_into_shards
@@ -25,7 +26,7 @@ from dataset_builders.stickers.pack import ROWS_A_GROUP, StickerPack
 
 INFO_FILE = "dataset.yaml"
 CONFIGS = ("sessions", "turns", "stickers")
-ROWS = 1000  # rows a row group; stickers have their pictures with them and fewer
+ROWS = 1000  # rows a row group and sessions a table; stickers have their pictures with them and fewer
 # What the sets' own pages say; neither is ours to change.
 RELEASED = {
     "released": ("apache-2.0", "StickerConv (Zhang et al., arXiv:2402.01679)"),
@@ -102,55 +103,66 @@ def card_data(info: DatasetFolder) -> DatasetCardData:
 
 class SplitWriter:
     """
-    One configuration's parquet files, a split each, written a row group at a time, beside the rows that are being read.
+    One configuration's parquet files, a split each, written in a thread beside the rows that are being read. A context manager: files are whole after it.
 
     Args:
         folder (`Path`): Where they go.
         features (`Features`): The columns.
         rows (`int`, *optional*, defaults to 1000): Rows a row group.
 
+    Attributes:
+        sizes (`dict[str, SplitSize]`): Of each split, in the usual order, after the context.
+
     """
 
     def __init__(self, folder: Path, features: Features, rows: int = ROWS) -> None:
         self.folder, self.schema, self.rows = folder, features.arrow_schema, rows
-        self.waiting: dict[str, list[dict]] = {}
         self.writers: dict[str, pq.ParquetWriter] = {}
         self.sizes: dict[str, SplitSize] = {}
         self.thread, self.unwritten = ThreadPoolExecutor(1), Future[None]()
         self.unwritten.set_result(None)
         folder.mkdir(parents=True)
 
-    def add(self, split: str, rows: Iterable[dict]) -> None:
-        """Add rows to a split."""
-        waiting = self.waiting.setdefault(split, [])
-        waiting.extend(rows)
-        if len(waiting) >= self.rows:
-            self._write(split)
+    def add(self, split: str, table: pa.Table, convert: Callable[[pa.Table], pa.Table] | None = None) -> None:
+        """Write a table to a split; `convert` makes it of another one, in the thread."""
+        self.unwritten.result()  # one table at a time: memory does not grow
+        self.unwritten = self.thread.submit(self._write, split, table, convert)
 
-    def _write(self, split: str) -> None:
-        table = pa.Table.from_pylist(self.waiting.pop(split), self.schema)
+    def _write(self, split: str, table: pa.Table, convert: Callable[[pa.Table], pa.Table] | None) -> None:
         if split not in self.writers:
             file = self._file(split)
             self.writers[split] = pq.ParquetWriter(file, self.schema, compression="zstd", write_page_index=True)
             self.sizes[split] = SplitSize(rows=0, num_bytes=0, file_bytes=0)
-        self.unwritten.result()  # one row group at a time: memory does not grow
-        self.unwritten = self.thread.submit(self.writers[split].write_table, table)
+        table = convert(table) if convert else table
+        self.writers[split].write_table(table, row_group_size=self.rows)
         self.sizes[split].rows += len(table)
         self.sizes[split].num_bytes += table.nbytes
 
     def _file(self, split: str) -> Path:
         return self.folder / f"{split}-00000-of-00001.parquet"
 
-    def close(self) -> dict[str, SplitSize]:
-        """Finish the files; returns the size of each split, in the usual order."""
-        for split in [split for split, rows in self.waiting.items() if rows]:
-            self._write(split)
-        self.unwritten.result()
-        self.thread.shutdown()
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown()  # waits, so that nothing is written after a build has given up
         for split, writer in self.writers.items():
             writer.close()
             self.sizes[split].file_bytes = self._file(split).stat().st_size
-        return {split: self.sizes[split] for split in SPLITS if split in self.sizes}
+        self.sizes = {split: self.sizes[split] for split in SPLITS if split in self.sizes}
+        if error is None:
+            self.unwritten.result()
+
+
+def tables_of(rows: Iterable[tuple[str, dict]], schema: pa.Schema, size: int) -> Iterator[tuple[str, pa.Table]]:
+    """Tables of at most `size` rows, each with its split, of rows with their splits."""
+    waiting: dict[str, list[dict]] = defaultdict(list)
+    for split, row in rows:
+        waiting[split].append(row)
+        if len(waiting[split]) == size:
+            yield split, pa.Table.from_pylist(waiting.pop(split), schema)
+    for split, left in waiting.items():
+        yield split, pa.Table.from_pylist(left, schema)
 
 
 def build_dataset(
@@ -219,27 +231,35 @@ def _write_dialogues(
     bad: list[str] | None,
     on_row: Callable[[int], object],
 ) -> dict[str, dict[str, SplitSize]]:
-    known = known_stickers(pack) if pack is not None else None
-    sessions, turns = (SplitWriter(folder / name, FEATURES[name]) for name in ("sessions", "turns"))
-    splits, count = SplitCheck(), 0
-    for count, row in enumerate(read_rows(split_into_shards(sources, 1), known, bad), start=1):
-        splits.add(row)
-        sessions.add(row["split"], [row])
-        turns.add(row["split"], turn_rows(row))
-        on_row(count)
-    if not count:
+    known, splits = known_stickers(pack) if pack is not None else None, SplitCheck()
+
+    def rows() -> Iterator[tuple[str, dict]]:
+        for count, row in enumerate(read_rows(split_into_shards(sources, 1), known, bad), start=1):
+            splits.add(row)
+            on_row(count)
+            yield row["split"], row
+
+    with (
+        SplitWriter(folder / "sessions", FEATURES["sessions"]) as sessions,
+        SplitWriter(folder / "turns", FEATURES["turns"]) as turns,
+    ):
+        for split, table in tables_of(rows(), sessions.schema, ROWS):
+            sessions.add(split, table)
+            turns.add(split, table, turns_table)
+    if not sessions.sizes:
         raise SessionError(f"{sources[0].file}: no session" + (f" that is right, e.g. {bad[0]}" if bad else "."))
     splits.check()
-    return {"sessions": sessions.close(), "turns": turns.close()}
+    return {"sessions": sessions.sizes, "turns": turns.sizes}
 
 
 def _write_stickers(
     sources: list[Source], pack: StickerPack | None, folder: Path, images: str | None
 ) -> dict[str, SplitSize]:
-    writer = SplitWriter(folder / "stickers", FEATURES["stickers"], ROWS_A_GROUP)
-    for is_test, row in sticker_rows(sources, pack, images):
-        writer.add("test" if is_test else "train", [row])
-    return writer.close()
+    rows = (("test" if is_test else "train", row) for is_test, row in sticker_rows(sources, pack, images))
+    with SplitWriter(folder / "stickers", FEATURES["stickers"], ROWS_A_GROUP) as writer:
+        for split, table in tables_of(rows, writer.schema, ROWS_A_GROUP):
+            writer.add(split, table)
+    return writer.sizes
 
 
 def _origin(found: Format, pack: StickerPack | None, images: str | None) -> tuple[dict[str, str], list[str]]:

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Features, Image, List, Value
 from pydantic import BaseModel
 
@@ -103,6 +106,45 @@ def _chat_message(role: str, message: dict) -> dict:
     if message["sticker"] is not None:
         content.append({"type": "image", "text": None, "sticker_id": message["sticker"]["id"]})
     return {"role": role, "content": content}
+
+
+def turns_table(sessions: pa.Table) -> pa.Table:
+    """
+    What [`turn_rows`] gives for all rows of a table of `sessions`.
+
+    A message is in the rows of all turns after it; here it is made once and its place is repeated, which takes a third of the time of making rows.
+    """
+    turns = pc.list_flatten(sessions["turns"]).combine_chunks()
+    session = pc.list_parent_indices(sessions["turns"]).combine_chunks().to_numpy()
+    first = np.searchsorted(session, session)  # turn that each turn's session begins with
+    lengths = 2 * (np.arange(len(turns)) - first) + 1
+    ends = lengths.cumsum()
+    places = np.arange(ends[-1]) - np.repeat(ends - lengths - 2 * first, lengths)
+    columns = {name: sessions[name].take(pa.array(session)) for name in ("session_id", "database", "profile")}
+    profile = columns.pop("profile").combine_chunks()
+    columns |= {name: profile.field(name) for name in ("emotion", "persona", "situation")}
+    columns |= {"turn": turns.field("turn"), "response": turns.field("system")}
+    columns["messages"] = _lists(lengths, _chat_messages(turns).take(pa.array(places)))
+    schema = TURNS.arrow_schema
+    return pa.table([columns[name] for name in schema.names], schema.names).cast(schema)
+
+
+def _chat_messages(turns: pa.StructArray) -> pa.StructArray:
+    """The messages of turns, User's and System's by turns, in the chat format."""
+    order = np.arange(2 * len(turns)).reshape(2, -1).T.ravel()
+    sides = pa.concat_arrays([turns.field("user"), turns.field("system")]).take(pa.array(order))
+    text, sticker = sides.field("text"), pc.struct_field(sides, ["sticker", "id"])
+    has = np.stack([pc.not_equal(text, "").to_numpy(False), sticker.is_valid().to_numpy(False)], axis=1)
+    part = np.flatnonzero(has)  # even ones are texts, odd ones stickers
+    message, is_image = pa.array(part // 2), pa.array(part % 2 == 1)
+    texts, stickers = pc.if_else(is_image, None, text.take(message)), pc.if_else(is_image, sticker.take(message), None)
+    content = pa.StructArray.from_arrays([pc.if_else(is_image, "image", "text"), texts, stickers], list(_PART))
+    roles = pa.array(["user", "assistant"] * len(turns))
+    return pa.StructArray.from_arrays([roles, _lists(has.sum(axis=1), content)], ["role", "content"])
+
+
+def _lists(lengths: np.ndarray, values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(np.concatenate([[0], lengths.cumsum()]).astype(np.int32), values)
 
 
 def sticker_row(sticker: Sticker, image: bytes, database: int | None) -> dict:

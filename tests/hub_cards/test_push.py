@@ -1,5 +1,7 @@
 """Up to a Hub and down again, in fresh processes, on a loopback Hub."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -32,7 +34,7 @@ ALONE = f"""
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
 sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
-for name in ("modeling_pegs", "pipelines", "dataset_builders", "hub_cards", "pegs"):
+for name in ("modeling_pegs", "pipelines", "dataset_builders", "agent_generation", "hub_cards", "pegs"):
     try:
         __import__(name)
     except ModuleNotFoundError:
@@ -55,6 +57,18 @@ def run(hub, home, code, *args, check=True, cwd=None):
 PUSH = "import sys; from pathlib import Path; from hub_cards.push import push_sticker_pack as p; print(p(Path(sys.argv[1]), sys.argv[2]))"
 
 
+DOWN = """
+import hashlib, json
+from datasets import Image, load_dataset
+rows = load_dataset("tester/openmoji", "stickers", split="train")
+assert rows.features["image"] == Image() and rows[0]["image"].size == (64, 64) and rows[0]["emotion"] == "anger"
+stream = load_dataset("tester/openmoji", split="train", streaming=True)
+found = [{row["id"]: hashlib.sha256(row["image"]["bytes"]).hexdigest() for row in some.cast_column("image", Image(decode=False))} for some in (rows, stream)]
+databases = load_dataset("tester/openmoji", "databases", split="train")
+print(json.dumps([*found, dict(zip(databases["id"], databases["database"]))]))
+"""
+
+
 def test_a_pack_goes_up_and_is_read_without_our_code(hub, pack, tmp_path):
     url = run(hub, tmp_path / "up", PUSH, pack, "tester/openmoji").stdout
     assert "/datasets/tester/openmoji/commit/" in url
@@ -62,15 +76,22 @@ def test_a_pack_goes_up_and_is_read_without_our_code(hub, pack, tmp_path):
     assert set(files) >= {"README.md", "pack.yaml", "stickers.parquet", "databases.parquet", "assets/sheet.png"}
     card = files["README.md"].decode()
     assert "license: cc-by-sa-4.0" in card and "556 stickers" in card and "OpenMoji (https://openmoji.org)" in card
-    code = (
-        "from datasets import load_dataset, Image\n"
-        "d = load_dataset('tester/openmoji', 'stickers', split='train')\n"
-        "assert d.features['image'] == Image() and len(d) == 556\n"
-        "print(d[0]['image'].size, d[0]['emotion'], len(load_dataset('tester/openmoji', 'databases', split='train')))\n"
-        "print({row['image'].mode for row in load_dataset('tester/openmoji', split='train', streaming=True)})\n"
-    )
-    done = run(hub, tmp_path / "down", code, cwd=tmp_path)
-    assert done.stdout.split("\n")[:2] == ["(64, 64) anger 556", "{'RGBA'}"]
+    assert "Limits and ethics" in card and "manipulate" in card and "NSFW" in card
+    done = run(hub, tmp_path / "down", ALONE + DOWN, cwd=tmp_path)
+    source = StickerPack.load(pack)
+    pictures = {sticker.id: hashlib.sha256(source.images[sticker.id]).hexdigest() for sticker in source.stickers}
+    assert json.loads(done.stdout.splitlines()[-1]) == [pictures, pictures, source.databases]
+
+
+def test_a_push_that_changes_nothing_makes_no_commit_and_keeps_its_tag(hub, pack, tmp_path):
+    tagged = PUSH.replace("push_sticker_pack as p", "push_folder as p").replace("argv[2])", "argv[2], tag='v1')")
+    commits = {run(hub, tmp_path / "up", tagged, pack, "tester/twice").stdout for _ in range(2)}
+    assert len(commits) == 1 and len(hub.repos["datasets", "tester/twice"]) == 2  # the first made the repository
+    changed = StickerPack.load(pack)
+    changed.info = changed.info.model_copy(update={"version": "another"})
+    changed.save(tmp_path / "changed")
+    moved = run(hub, tmp_path / "up", tagged, tmp_path / "changed", "tester/twice", check=False)
+    assert "409" in moved.stderr, "a tag that names another commit must not be taken for this one"
 
 
 def test_a_pack_is_opened_by_its_hub_id(hub, pack, tmp_path):
