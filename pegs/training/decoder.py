@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from dataset_builders.stickers.openmoji import cached_pack
+from modeling_pegs import PegsModel, PegsProcessor
 from pegs.training.art import ArtCrops, Drawing, load_art, to_rgba_tensor
+from pegs.training.generation import gather_drawn
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.text_states import encode_captions
 from pipelines.pipeline_sticker import StickerPipeline
@@ -33,34 +36,60 @@ class DecoderVaeArguments(LoopArguments):
         full_size_part (`float`): Part of the steps on whole stickers, in `[0, 1]`, at `crop_size**2 / image_size**2` of the batch.
         kl_weight (`float`): Weight of the KL term.
         edge_weight (`float`): Weight of the L1 distance between the pictures' gradients, which keeps outlines crisp.
+        hue_weight (`float`): Weight of the squared distance between the pictures' hues; without it rare colours become the nearest frequent one.
         vae (`dict`): Arguments of `diffusers.AutoencoderKL`.
+        init_from (`str`): Folder of a trained autoencoder to go on from, instead of from nothing.
 
     """
 
     image_size: int = 128
     crop_size: int = 64
     full_size_part: float = 0.2
-    kl_weight: float = 1e-6
+    kl_weight: float = 2e-7
     edge_weight: float = 0.5
+    hue_weight: float = 4.0
     vae: dict = field(default_factory=dict)
+    init_from: str = ""
 
 
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, edge_weight: float) -> torch.Tensor:
-    """L1 of pixels plus `edge_weight` times the L1 of their horizontal and vertical differences; both `(B, 4, H, W)`."""
-    edges = sum((output.diff(dim=axis) - target.diff(dim=axis)).abs().mean() for axis in (-1, -2))
-    return (output - target).abs().mean() + edge_weight * edges
+def reconstruction_loss(
+    output: torch.Tensor, target: torch.Tensor, edge_weight: float, hue_weight: float
+) -> torch.Tensor:
+    """
+    L1 of pixels and of their horizontal and vertical differences, and the mean square of hues (colour less its mean over the channels).
+
+    Args:
+        output (`torch.Tensor` of shape `(B, 4, H, W)`): RGBA as the autoencoder has it.
+        target (`torch.Tensor` of shape `(B, 4, H, W)`): RGBA as it should be.
+        edge_weight (`float`): Weight of the differences.
+        hue_weight (`float`): Weight of the hues.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+
+    """
+    error = output - target
+    edges = sum(error.diff(dim=axis).abs().mean() for axis in (-1, -2))
+    hues = error[:, :3] - error[:, :3].mean(dim=1, keepdim=True)
+    return error.abs().mean() + edge_weight * edges + hue_weight * hues.square().mean()
 
 
 def train_vae(args: DecoderVaeArguments) -> None:
-    """Train the autoencoder (RGBA in, 8x smaller latents) and save it with `scaling_factor = 1 / std` of its latents."""
+    """Train the autoencoder (RGBA in, 8x smaller latents) and save it with standardised latents."""
     torch.manual_seed(args.seed)  # noqa: TID251  entry point
-    vae = AutoencoderKL(sample_size=args.image_size, **args.vae)
+    if args.init_from:
+        vae = AutoencoderKL.from_pretrained(args.init_from, dtype=torch.float32)
+    else:
+        vae = AutoencoderKL(sample_size=args.image_size, **args.vae)
     art = load_art(cached_pack(), args.image_size)
 
     def loss_fn(model: torch.nn.Module, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         posterior = model.encode(pixels).latent_dist
         output = model.decode(posterior.sample(generator)).sample.float()
-        return reconstruction_loss(output, pixels, args.edge_weight) + args.kl_weight * posterior.kl().mean()
+        return (
+            reconstruction_loss(output, pixels, args.edge_weight, args.hue_weight)
+            + args.kl_weight * posterior.kl().mean()
+        )
 
     whole_steps = round(args.full_size_part * args.max_steps)
     crop_steps = args.max_steps - whole_steps
@@ -76,11 +105,32 @@ def train_vae(args: DecoderVaeArguments) -> None:
             vae = train_loop(phase, vae, ArtCrops(art, size, steps * batch_size, args.seed), loss_fn)
             vae.save_pretrained(folder)
         vae = AutoencoderKL.from_pretrained(folder)
-    latents = encode_art(vae, art)
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    standardise_latents(vae, art)
     vae.save_pretrained(Path(args.output_dir) / "vae")
     for name, *_ in phases:
         shutil.rmtree(Path(args.output_dir) / name)
+
+
+@torch.no_grad()
+def standardise_latents(vae: AutoencoderKL, art: list[Drawing]) -> None:
+    """
+    Give every latent channel mean 0 and variance 1 over the drawings, by the 1x1 convolutions around the latents; what is decoded stays the same.
+
+    One `scaling_factor` for all would leave channels of little variance below the denoiser's noise. A channel's variance is that of its samples, so that one the
+    autoencoder does not use stays small.
+    """
+    pictures = torch.stack([to_rgba_tensor(drawing.pixels) for drawing in art])
+    posteriors = [vae.encode(chunk).latent_dist for chunk in pictures.split(32)]
+    means, variances = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "var"))
+    shift = means.mean(dim=(0, 2, 3))
+    scale = (means.var(dim=(0, 2, 3)) + variances.mean(dim=(0, 2, 3))).sqrt()
+    into, back, channels = vae.quant_conv, vae.post_quant_conv, len(shift)
+    into.bias[:channels] = (into.bias[:channels] - shift) / scale
+    into.bias[channels:] -= 2 * scale.log()  # the second half are log-variances
+    into.weight[:channels] /= scale.view(-1, 1, 1, 1)
+    back.bias += back.weight[:, :, 0, 0] @ shift
+    back.weight *= scale.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
 
 
 @torch.no_grad()
@@ -97,36 +147,53 @@ class DecoderUnetArguments(LoopArguments):
 
     Args:
         vae (`str`): Folder of the trained autoencoder.
-        prompt_length (`int`): Number L of caption states.
+        pegs (`str`): PEGS checkpoint whose feature mapper gives the other half of the conditions.
         pack_part (`float`): Share of the samples drawn from the annotated pack rather than from the other art, in `[0, 1]`.
-        drop_part (`float`): Share of the samples without a caption, for classifier-free guidance.
-        blend_part (`float`): Share of the samples whose caption is blended with another of the same emotion: PEGS' mapper, trained by
-            MSE (eq. 9), gives such in-between conditions.
+        drop_part (`float`): Share of the samples without a condition, for classifier-free guidance.
+        mapped_part (`float`): Share of the samples whose condition is what PEGS asks for (eq. 9) and not the caption's own states: the mapper is never exact,
+            and a denoiser of two thousand drawings does not forgive that by itself.
+        snr_gamma (`float`): Min-SNR-gamma (arXiv:2303.09556), on SNR + 1: with zero terminal SNR the first step would else have no weight.
         ema_decay (`float`): Decay of the weights' moving average, which is what is saved.
         unet (`dict`): Arguments of `diffusers.UNet2DConditionModel`.
+        init_from (`str`): Folder of a trained denoiser whose weights are taken over where they fit.
 
     """
 
     vae: str = ""
-    prompt_length: int = 32
+    pegs: str = ""
     pack_part: float = 0.6
     drop_part: float = 0.1
-    blend_part: float = 0.3
+    mapped_part: float = 0.5
+    snr_gamma: float = 5.0
     ema_decay: float = 0.9995
     unet: dict = field(default_factory=dict)
+    init_from: str = ""
 
 
-class CaptionedLatents(Dataset):
-    """Latents with caption states; an index maps to one fixed random draw."""
+class ConditionedLatents(Dataset):
+    """
+    Latents with a condition, the caption's states or what PEGS asks for; an index maps to one fixed random draw.
+
+    Args:
+        latents (`torch.Tensor` of shape `(2, n, C, h, w)`): Of the drawings, plain and mirrored.
+        states (`torch.Tensor` of shape `(n, L, D)`): Of their captions.
+        mapped (`list[torch.Tensor]`): What PEGS asks for where it should draw them, `(k, L, D)` each, k may be 0.
+        art (`list[Drawing]`): The drawings.
+        args ([`DecoderUnetArguments`]): Shares.
+
+    """
 
     def __init__(
-        self, latents: torch.Tensor, states: torch.Tensor, art: list[Drawing], args: DecoderUnetArguments
+        self,
+        latents: torch.Tensor,
+        states: torch.Tensor,
+        mapped: list[torch.Tensor],
+        art: list[Drawing],
+        args: DecoderUnetArguments,
     ) -> None:
-        self.latents, self.states, self.args = latents, states, args  # latents: (2, n, C, h, w), plain and mirrored
-        self.emotions = [drawing.caption.rsplit(", ", 1)[-1] if drawing.sticker_id else None for drawing in art]
+        self.latents, self.states, self.mapped, self.args = latents, states, mapped, args
         self.pack = [i for i, drawing in enumerate(art) if drawing.sticker_id]
         self.others = [i for i, drawing in enumerate(art) if not drawing.sticker_id]
-        self.same_emotion = {e: [i for i in self.pack if self.emotions[i] == e] for e in set(self.emotions) if e}
 
     def __len__(self) -> int:
         return self.args.max_steps * self.args.batch_size
@@ -135,27 +202,47 @@ class CaptionedLatents(Dataset):
         rng = np.random.default_rng((self.args.seed, index))
         among = self.pack if rng.random() < self.args.pack_part else self.others
         i = among[rng.integers(len(among))]
-        states = self.states[i]
-        draw = rng.random()
+        states, draw = self.states[i], rng.random()
         if draw < self.args.drop_part:
             states = torch.zeros_like(states)
-        elif draw < self.args.drop_part + self.args.blend_part and self.emotions[i]:
-            others = self.same_emotion[self.emotions[i]]
-            states = torch.lerp(states, self.states[others[rng.integers(len(others))]], float(rng.uniform(0, 0.5)))
+        elif draw < self.args.drop_part + self.args.mapped_part and len(self.mapped[i]):
+            states = self.mapped[i][rng.integers(len(self.mapped[i]))].float()
         return {"latents": self.latents[rng.integers(2), i], "states": states}
+
+
+@torch.no_grad()
+def mapped_conditions(pegs: str, captions: list[str], cache: Path) -> list[torch.Tensor]:
+    """What PEGS' feature mapper gives in all places where it should draw each caption, float16 `(k, L, D)` a caption; kept in `cache`."""
+    model, processor = PegsModel.from_pretrained(pegs), PegsProcessor.from_pretrained(pegs)
+    drawn = gather_drawn(model, processor, cached_pack(), cache)
+    embeds = torch.cat([model.feature_mapper(chunk).half() for chunk in drawn.hidden.split(256)])
+    rows: dict[str, list[int]] = {}
+    for row, caption in enumerate(drawn.captions):
+        rows.setdefault(caption, []).append(row)
+    return [embeds[rows.get(caption, [])] for caption in captions]
+
+
+def decoder_dataset(args: DecoderUnetArguments, vae: AutoencoderKL) -> ConditionedLatents:
+    """The training art of the denoiser as latents of `vae`, with its conditions."""
+    art = [drawing for drawing in load_art(cached_pack(), vae.config.sample_size) if drawing.caption]
+    mirrored = [replace(drawing, pixels=np.ascontiguousarray(drawing.pixels[:, ::-1])) for drawing in art]
+    latents = torch.stack([encode_art(vae, art), encode_art(vae, mirrored)]) * vae.config.scaling_factor
+    captions = [drawing.caption or "" for drawing in art]
+    mapped = mapped_conditions(args.pegs, captions, Path(args.output_dir) / "state" / "hidden.safetensors")
+    prompt_length = mapped[0].shape[1]
+    return ConditionedLatents(latents, encode_captions(captions, prompt_length), mapped, art, args)
 
 
 def train_unet(args: DecoderUnetArguments) -> None:
     """Train the denoiser (v-prediction) on captioned art and save a whole `StickerPipeline` folder."""
     torch.manual_seed(args.seed)  # noqa: TID251  entry point
     vae = AutoencoderKL.from_pretrained(args.vae)
-    art = [drawing for drawing in load_art(cached_pack(), vae.config.sample_size) if drawing.caption]
-    mirrored = [replace(drawing, pixels=np.ascontiguousarray(drawing.pixels[:, ::-1])) for drawing in art]
-    latents = torch.stack([encode_art(vae, art), encode_art(vae, mirrored)]) * vae.config.scaling_factor
-    states = encode_captions([drawing.caption for drawing in art], args.prompt_length)
-    unet = UNet2DConditionModel(
-        sample_size=latents.shape[-1], in_channels=latents.shape[2], out_channels=latents.shape[2], **args.unet
-    )
+    dataset = decoder_dataset(args, vae)
+    channels, size = vae.config.latent_channels, dataset.latents.shape[-1]
+    unet = UNet2DConditionModel(sample_size=size, in_channels=channels, out_channels=channels, **args.unet)
+    unet.set_attn_processor(AttnProcessor())  # on a CPU the backward pass of the fused kernel costs a fifth of a step
+    if args.init_from:
+        take_over(unet, UNet2DConditionModel.from_pretrained(args.init_from))
     average = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing",
@@ -168,12 +255,21 @@ def train_unet(args: DecoderUnetArguments) -> None:
         timesteps = torch.randint(1000, (len(clean),), generator=generator, device=clean.device)
         target = scheduler.get_velocity(clean, noise, timesteps)
         output = model(scheduler.add_noise(clean, noise, timesteps), timesteps, batch["states"]).sample
-        return F.mse_loss(output.float(), target)
+        error = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        snr_plus_1 = 1 / (1 - scheduler.alphas_cumprod.to(clean.device)[timesteps])
+        return (error * (args.snr_gamma + 1) / snr_plus_1.clamp(min=args.snr_gamma + 1)).mean()
 
-    dataset = CaptionedLatents(latents, states, art, args)
     unet = train_loop(args, unet, dataset, loss_fn, lambda step: average.step(unet.parameters()), [average])
     average.copy_to(unet.parameters())
     pipeline = StickerPipeline(
-        vae, unet, scheduler, prompt_length=args.prompt_length, force_zeros_for_empty_prompt=True
+        vae, unet, scheduler, prompt_length=dataset.states.shape[1], force_zeros_for_empty_prompt=True
     )
     pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
+
+
+def take_over(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Copy the weights of `other` that `model` has under the same name and in the same shape."""
+    own = model.state_dict()
+    fitting = {name: value for name, value in other.state_dict().items() if value.shape == own[name].shape}
+    logger.info("%d of %d tensors taken over", len(fitting), len(own))
+    model.load_state_dict(fitting, strict=False)

@@ -40,23 +40,27 @@ def image_part(sticker_id: str, pack: StickerPack) -> dict:
     return {"type": "image", "image": pack.still(sticker_id), "sticker_id": sticker_id}
 
 
-def caption_dialogues(stickers: list[Sticker], pack: StickerPack) -> list[list[dict]]:
-    """Perception (appendix C.1): the user sends a sticker, the assistant names it and its emotion."""
+def caption_messages(image: dict, caption: str) -> list[dict]:
+    """Perception (appendix C.1): the user sends a picture, the assistant says what it is."""
     return [
-        [
-            {"role": "user", "content": [image_part(sticker.id, pack)]},
-            {"role": "assistant", "content": [{"type": "text", "text": sticker.caption}]},
-        ]
-        for sticker in stickers
+        {"role": "user", "content": [image]},
+        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
     ]
+
+
+def request_messages(image: dict, caption: str) -> list[dict]:
+    """Sticker output (appendix C.1 and C.2): the user writes what a picture is, the assistant sends it."""
+    return [
+        {"role": "user", "content": [{"type": "text", "text": caption}]},
+        {"role": "assistant", "content": [image]},
+    ]
+
+
+def caption_dialogues(stickers: list[Sticker], pack: StickerPack) -> list[list[dict]]:
+    """[`caption_messages`] of stickers, named with their emotion."""
+    return [caption_messages(image_part(sticker.id, pack), sticker.caption) for sticker in stickers]
 
 
 def request_dialogues(stickers: list[Sticker], pack: StickerPack) -> list[list[dict]]:
-    """Sticker-text pairs with emotion (appendix C.2): the user writes a sticker's caption, the assistant sends it."""
-    return [
-        [
-            {"role": "user", "content": [{"type": "text", "text": sticker.caption}]},
-            {"role": "assistant", "content": [image_part(sticker.id, pack)]},
-        ]
-        for sticker in stickers
-    ]
+    """[`request_messages`] for stickers, asked for with their emotion (appendix C.2)."""
+    return [request_messages(image_part(sticker.id, pack), sticker.caption) for sticker in stickers]

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from dataset_builders.schema import Sticker
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack, cldr_name, list_hexcodes
+from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from pegs.training.dialogues import session_messages
 from pegs.training.loop import LoopArguments, train_loop
@@ -70,7 +71,8 @@ def generation_hidden_states(
     for start in range(0, len(dialogues), batch_size):
         chunk = dialogues[start : start + batch_size]
         inputs = processor.apply_chat_template(chunk, tokenize=True, return_tensors="pt").to(model.device)
-        hidden = model(**inputs, logits_to_keep=1).last_hidden_state
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            hidden = model(**inputs, logits_to_keep=1).last_hidden_state.float()
         states.append(model.get_img_hidden_states(inputs["input_ids"], hidden)[:, model.config.num_retrieval_tokens :])
     return torch.cat(states)
 
@@ -80,11 +82,25 @@ def sticker_requests(sticker: Sticker) -> list[str]:
     return [sticker.caption, sticker.tags[0], sticker.description, ", ".join(sticker.tags[:3])]
 
 
-def train_generation(args: GenerationArguments) -> None:
-    """Train the feature mapper by MSE to caption states (eq. 9) and save the whole checkpoint."""
-    model = PegsModel.from_pretrained(args.init_from)
-    processor = PegsProcessor.from_pretrained(args.init_from)
-    pack = cached_pack()
+@dataclass
+class Drawn:
+    """
+    Where PEGS draws a sticker: in the training dialogues, when asked for one of the pack, and when asked for another drawing of OpenMoji.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(S, r - k, d)`): Hidden states of the generation tokens.
+        captions (`list[str]`): What each should draw.
+        groups (`list[int]`): How many of them are of each kind, in this order.
+
+    """
+
+    hidden: torch.Tensor
+    captions: list[str]
+    groups: list[int]
+
+
+def gather_drawn(model: PegsModel, processor: PegsProcessor, pack: StickerPack, cache: Path) -> Drawn:
+    """Every place where a sticker should be drawn; hidden states are computed once and kept in `cache`."""
     sessions = [s for s in load_mini("train") if any(turn.system.sticker for turn in s.turns)]
     sessions.sort(key=lambda session: len(session.turns))  # alike in length, so that batches are padded little
     sent = [turn.system.sticker.id for s in sessions for turn in s.turns if turn.system.sticker is not None]
@@ -92,9 +108,6 @@ def train_generation(args: GenerationArguments) -> None:
     in_pack = {sticker.image_path.removesuffix(".png") for sticker in pack.stickers}
     others = {cldr_name(hexcode) for hexcode in list_hexcodes() if hexcode not in in_pack} - {None}
     asked += [(name, name) for name in sorted(others)]
-    groups = [len(sent), len(asked) - len(others), len(others)]
-
-    cache = Path(args.output_dir) / "state" / "hidden.safetensors"
     if not cache.is_file():
         blank = pack.images[sent[0]]  # what the assistant sends comes after the span, so it cannot matter
         requests = [
@@ -109,13 +122,21 @@ def train_generation(args: GenerationArguments) -> None:
         short = generation_hidden_states(model, processor, requests, 32)
         cache.parent.mkdir(parents=True, exist_ok=True)
         save_file({"hidden": torch.cat([long, short])}, cache)
-    hidden = load_file(cache)["hidden"]
-    states = encode_captions(
-        [pack.by_id[i].caption for i in sent] + [caption for _, caption in asked], model.config.prompt_length
-    )
-    spread = hidden.std(dim=0, keepdim=True)
+    captions = [pack.by_id[i].caption for i in sent] + [caption for _, caption in asked]
+    return Drawn(load_file(cache)["hidden"], captions, [len(sent), len(asked) - len(others), len(others)])
+
+
+def train_generation(args: GenerationArguments) -> None:
+    """Train the feature mapper by MSE to caption states (eq. 9) and save the whole checkpoint."""
+    model = PegsModel.from_pretrained(args.init_from)
+    processor = PegsProcessor.from_pretrained(args.init_from)
+    drawn = gather_drawn(model, processor, cached_pack(), Path(args.output_dir) / "state" / "hidden.safetensors")
+    states = encode_captions(drawn.captions, model.config.prompt_length)
+    spread = drawn.hidden.std(dim=0, keepdim=True)
     logger.info(
-        "stickers of dialogues, of requests, of names: %s; variance of the targets %.4f", groups, states.var(0).mean()
+        "stickers of dialogues, of requests, of names: %s; variance of the targets %.4f",
+        drawn.groups,
+        states.var(0).mean(),
     )
 
     def loss_fn(mapper: torch.nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
@@ -123,7 +144,7 @@ def train_generation(args: GenerationArguments) -> None:
         output = mapper(batch["hidden"] + args.noise * spread.to(noise.device) * noise)
         return F.mse_loss(output.float(), batch["states"])
 
-    dataset = HiddenStates(list(hidden.split(groups)), list(states.split(groups)), args)
+    dataset = HiddenStates(list(drawn.hidden.split(drawn.groups)), list(states.split(drawn.groups)), args)
     train_loop(args, model.feature_mapper, dataset, loss_fn)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)

@@ -23,6 +23,12 @@ def _decoder_unet(values: dict[str, Any]) -> None:
     decoder.train_unet(build_arguments(decoder.DecoderUnetArguments, values))
 
 
+def _decoder_lcm(values: dict[str, Any]) -> None:
+    from pegs.training import distill
+
+    distill.train_lcm(build_arguments(distill.DecoderLcmArguments, values))
+
+
 def _vision(values: dict[str, Any]) -> None:
     from pegs.training import vision
 
@@ -36,6 +42,8 @@ def _language(values: dict[str, Any]) -> None:
 
 
 def _sft_generation(values: dict[str, Any]) -> None:
+    if "data" in values:  # with the language model in every step, which lets the [IMG] rows learn too, as in the paper
+        return _language(values)
     from pegs.training import generation
 
     generation.train_generation(build_arguments(generation.GenerationArguments, values))
@@ -50,12 +58,18 @@ def _sft(values: dict[str, Any]) -> None:
 STAGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "decoder_vae": _decoder_vae,
     "decoder_unet": _decoder_unet,
+    "decoder_lcm": _decoder_lcm,
     "vision": _vision,
     "pretrain_perception": _language,
+    "pretrain_retrieval": _language,
+    "pretrain_generation": _language,
     "sft_retrieval": _language,
     "sft_text": _language,
     "sft_generation": _sft_generation,
     "joint": _language,
+    "joint_ret": _language,
+    "joint_gen": _language,
+    "joint_rag": _language,
     "sft_agents": _sft,
     "baseline_text": _sft,
     "baseline_tool": _sft,
@@ -90,7 +104,10 @@ def build_arguments(kind: type, values: dict[str, Any]) -> Any:
     ]
     if missing:
         raise ConfigError(f"missing key {missing[0]!r}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _number(key: str, value: int | str) -> float:

@@ -1,10 +1,117 @@
-"""What the output heads are trained towards: caption states (eq. 9) and vision features (eq. 5) of the stickers."""
+"""What the output heads are trained towards, and what frozen parts see: caption states (eq. 9) and vision features (eq. 5) of the stickers."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HOME
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, CLIPTextModel
 
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from pegs.training.text_states import encode_captions
+
+
+logger = logging.getLogger(__name__)
+
+
+class CaptionStates:
+    """
+    The image decoder's text condition for captions, `(n, L, D)`.
+
+    Args:
+        text_encoder (`str`): Folder or Hub id of a Stable Diffusion pipeline whose `text_encoder` and `tokenizer` make the states; MiniLM's states
+            if empty, which the mini decoder takes.
+        length (`int`): Number L of states.
+
+    """
+
+    def __init__(self, text_encoder: str, length: int) -> None:
+        self.length, self.clip = length, None
+        if text_encoder:
+            self.tokenizer = AutoTokenizer.from_pretrained(text_encoder, subfolder="tokenizer")
+            self.clip = CLIPTextModel.from_pretrained(text_encoder, subfolder="text_encoder").eval()
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        """States `(len(captions), L, D)`; longer captions are cut."""
+        if self.clip is None:
+            return encode_captions(captions, self.length)
+        chunks = []
+        for start in range(0, len(captions), 64):
+            inputs = self.tokenizer(
+                captions[start : start + 64],
+                padding="max_length",
+                truncation=True,
+                max_length=self.length,
+                return_tensors="pt",
+            )
+            chunks.append(self.clip(inputs["input_ids"]).last_hidden_state)
+        return torch.cat(chunks)
+
+
+class VisionFeatures:
+    """
+    What a frozen vision tower sees in each sticker of a pack: computed once, kept on disk, read a sticker at a time.
+
+    Args:
+        pack ([`StickerPack`]): The stickers.
+        model ([`PegsModel`]): Its vision tower.
+        processor ([`PegsProcessor`]): Its processor.
+
+    """
+
+    def __init__(self, pack: StickerPack, model: PegsModel, processor: PegsProcessor) -> None:
+        self.rows = {sticker.id: row for row, sticker in enumerate(pack.stickers)}
+        self.file = Path(HF_HOME) / "stickerconv" / "vision" / f"{vision_key(pack, model, processor)}.safetensors"
+        if not self.file.is_file():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            logger.info("vision features of %d stickers, once, into %s", len(self.rows), self.file)
+            partial = self.file.with_suffix(f".{os.getpid()}")
+            save_file(compute_vision(pack, list(self.rows), model, processor), partial)
+            partial.replace(self.file)
+
+    def states(self, ids: list[str]) -> torch.Tensor:
+        """Vision states `(len(ids), P, p)`."""
+        return self._read("states", ids)
+
+    def pooled(self, ids: list[str]) -> torch.Tensor:
+        """Pooled vision outputs `(len(ids), p)`."""
+        return self._read("pooled", ids)
+
+    def _read(self, name: str, ids: list[str]) -> torch.Tensor:
+        with safe_open(self.file, "pt") as file:
+            tensor = file.get_slice(name)
+            return torch.cat([tensor[self.rows[i] : self.rows[i] + 1] for i in ids])
+
+
+def vision_key(pack: StickerPack, model: PegsModel, processor: PegsProcessor) -> str:
+    """What vision features depend on: the tower's weights, how pictures are prepared, and the pictures."""
+    key = hashlib.sha256(processor.image_processor.to_json_string().encode())
+    for tensor in model.vision_model.state_dict().values():
+        key.update(tensor.float().cpu().numpy().tobytes())
+    for sticker in pack.stickers:
+        key.update(f"{sticker.id} {sticker.sha256}".encode())
+    return key.hexdigest()[:24]
+
+
+@torch.no_grad()
+def compute_vision(
+    pack: StickerPack, ids: list[str], model: PegsModel, processor: PegsProcessor
+) -> dict[str, torch.Tensor]:
+    """Vision `states` `(len(ids), P, p)` and `pooled` outputs `(len(ids), p)` of a pack's stickers."""
+    states, pooled = [], []
+    for start in range(0, len(ids), 64):
+        pictures = [pack.image(i) for i in ids[start : start + 64]]
+        inputs = processor(["<IMG>"] * len(pictures), pictures, return_tensors="pt")
+        vision = model.encode_images(inputs["pixel_values"].to(model.device))
+        states.append(vision.last_hidden_state.cpu())
+        pooled.append(vision.pooler_output.cpu())
+    return {"states": torch.cat(states), "pooled": torch.cat(pooled)}
 
 
 class StickerTargets:
@@ -12,17 +119,16 @@ class StickerTargets:
     Targets of a set of stickers, computed once: the vision tower and the text encoder are frozen.
 
     Args:
-        pack ([`StickerPack`]): Where the pictures are.
-        ids (`list[str]`): The stickers that may be sent; they are also each other's negatives.
-        model ([`PegsModel`]): Its vision tower.
-        processor ([`PegsProcessor`]): Its processor.
+        captions (`dict[str, str]`): Captions of the stickers that may be sent, by id; these stickers are also each other's negatives.
+        encode ([`CaptionStates`]): The image decoder's text encoder.
+        vision ([`VisionFeatures`]): Their vision features.
 
     """
 
-    def __init__(self, pack: StickerPack, ids: list[str], model: PegsModel, processor: PegsProcessor) -> None:
-        self.index = {sticker_id: i for i, sticker_id in enumerate(ids)}
-        self.states = encode_captions([pack.by_id[i].caption for i in ids], model.config.prompt_length)
-        self.vision_features = pooled_features(pack, ids, model, processor)
+    def __init__(self, captions: dict[str, str], encode: CaptionStates, vision: VisionFeatures) -> None:
+        self.index = {sticker_id: i for i, sticker_id in enumerate(captions)}
+        self.states = encode(list(captions.values()))
+        self.vision_features = vision.pooled(list(captions)).float()
 
     def positives(self, sent: list[str]) -> torch.Tensor:
         """Which sticker is right for each of `sent`: `(S, M)`, bool."""
@@ -37,14 +143,18 @@ class StickerTargets:
         return torch.tensor([self.index[sticker_id] for sticker_id in sent])
 
 
-@torch.no_grad()
-def pooled_features(pack: StickerPack, ids: list[str], model: PegsModel, processor: PegsProcessor) -> torch.Tensor:
-    """Pooled vision outputs `(len(ids), p)` of a pack's stickers."""
-    chunks = []
-    for start in range(0, len(ids), 64):
-        pictures = ["<IMG>" for _ in ids[start : start + 64]]
-        inputs = processor(pictures, [pack.image(i) for i in ids[start : start + 64]], return_tensors="pt")
-        chunks.append(
-            model.vision_model(inputs["pixel_values"].to(model.device, model.query_tokens.dtype)).pooler_output
-        )
-    return torch.cat(chunks).float().cpu()
+class PairTargets:
+    """
+    Targets of streamed pictures, which are known by their captions.
+
+    Args:
+        encode ([`CaptionStates`]): The image decoder's text encoder.
+
+    """
+
+    def __init__(self, encode: CaptionStates) -> None:
+        self.encode = encode
+
+    def prompt_embeds(self, sent: list[str]) -> torch.Tensor:
+        """Caption states `(S, L, D)` of `sent`."""
+        return self.encode(sent)

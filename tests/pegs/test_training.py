@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack
-from pegs.training.calibrate import fit_sticker_bias
 from pegs.training.decoder import DecoderVaeArguments, reconstruction_loss
 from pegs.training.loop import LoopArguments, cosine_with_warmup, train_loop
 from pegs.training.stages import STAGES, ConfigError, build_arguments, load_config
@@ -106,21 +105,17 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path):
         assert torch.equal(value, resumed[name]), name
 
 
-def test_reconstruction_loss_is_pixels_plus_edges():
+def test_reconstruction_loss_is_pixels_plus_edges_plus_hues():
     target = torch.zeros(1, 4, 3, 3)
     output = target.clone()
     output[..., 1, 1] = 9.0
     edges = 2 * 9.0 * 2 / 6  # two of six differences along each of two axes
-    torch.testing.assert_close(reconstruction_loss(output, target, 0.5), torch.tensor(1.0 + 0.5 * edges))
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.6, 0.9])
-def test_the_bias_gives_the_wished_rate(rate):
-    logits = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 3 - 4
-    bias = fit_sticker_bias(logits, rate, temperature=0.6)
-    assert torch.sigmoid((logits + bias) / 0.6).mean() == pytest.approx(rate, abs=1e-4)
-    with pytest.raises(ValueError, match="rate 1.5"):
-        fit_sticker_bias(logits, 1.5)
+    torch.testing.assert_close(reconstruction_loss(output, target, 0.5, 2.0), torch.tensor(1.0 + 0.5 * edges))
+    output[:, 1:3] = 0.0  # red and alpha are left: the hue is off by 6, -3, -3
+    pixels, edges, hues = 0.5, 0.5 * 2 * 9.0 * 2 / 6, 54 / 27
+    torch.testing.assert_close(
+        reconstruction_loss(output, target, 0.5, 2.0), torch.tensor(pixels + 0.5 * edges + 2.0 * hues)
+    )
 
 
 def test_export_loads_as_float32_in_one_folder(tmp_path):
@@ -141,6 +136,6 @@ def test_export_loads_as_float32_in_one_folder(tmp_path):
     again = AutoModel.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
-    assert isinstance(again.generation_config.sticker_bias, float)
+    assert isinstance(again.generation_config.sticker_rate, float)
     assert not (tmp_path / "out" / "old.safetensors").exists() and (tmp_path / "out" / "README.md").exists()
     assert StickerPipeline.from_pretrained(tmp_path / "out").unet.dtype == torch.float32

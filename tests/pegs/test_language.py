@@ -1,0 +1,149 @@
+"""Packing, kept vision features, and runs that are cut."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pegs.training.data_collator import DataCollatorForPegs
+from pegs.training.language import last_whole_checkpoint
+from pegs.training.targets import VisionFeatures
+from tests.fixtures import tiny
+from tests.pegs.test_stage_configs import make_pack, make_session
+
+
+ROOT = Path(__file__).parents[2]
+
+
+class Targets:
+    vision_features = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+
+    def positives(self, sent):
+        return torch.nn.functional.one_hot(torch.arange(len(sent)), 3).bool()
+
+    def prompt_embeds(self, sent):
+        return torch.ones(len(sent), 5, 24)
+
+
+def features() -> list[dict]:
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A good name."}]}
+    return [{"messages": [*tiny.dialogue(), answer]}, {"messages": tiny.dialogue()[:2]}]
+
+
+def test_a_packed_row_has_the_loss_and_gradients_of_padded_rows(processor):
+    results = []
+    for packed in (False, True):
+        model = tiny.make_tiny_model()
+        if packed:
+            model.causal_lm.set_attn_implementation("dialogues")
+        batch = DataCollatorForPegs(processor, model.config, Targets(), 600, packed=packed)(features())
+        assert batch["input_ids"].shape[0] == (1 if packed else 2)
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_packed_dialogue_does_not_see_the_one_before_it(processor):
+    model = tiny.make_tiny_model()
+    model.causal_lm.set_attn_implementation("dialogues")
+    collator = DataCollatorForPegs(processor, model.config, Targets(), 600, packed=True)
+    alone, after = collator(features()[1:]), collator(features())
+    length = alone["input_ids"].shape[1]
+    keys = ("input_ids", "position_ids", "pixel_values")
+    one, two = (model(**{k: b[k] for k in keys}).last_hidden_state for b in (alone, after))
+    torch.testing.assert_close(one, two[:, -length:])
+
+
+def test_what_is_not_packed_is_as_without_packing(processor):
+    contexts = [tiny.dialogue(), tiny.dialogue(stickers=False)]  # of different length: padded on the left
+    inputs = processor.apply_chat_template(contexts, add_generation_prompt=True, tokenize=True, return_tensors="pt")
+    results = []
+    for attention in ("sdpa", "dialogues"):
+        model = tiny.make_tiny_model()
+        model.causal_lm.set_attn_implementation(attention)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=5, sticker_bias=torch.inf)
+        results.append((output.sequences, output.sticker_queries))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_kept_vision_features_give_the_same_batch_and_are_computed_once(tmp_path, monkeypatch, processor):
+    monkeypatch.setattr("pegs.training.targets.HF_HOME", str(tmp_path))
+    model, pack = tiny.make_tiny_model(), make_pack()
+    vision = VisionFeatures(pack, model, processor)
+    collator = DataCollatorForPegs(processor, model.config, Targets(), 600, vision=vision)
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Hi"}, {"type": "image", "image": b"", "sticker_id": "red"}],
+        },
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "Ho"}, {"type": "image", "image": b"", "sticker_id": "blue"}],
+        },
+    ]
+    batch = collator([{"messages": messages}])
+    assert "pixel_values" not in batch
+    inputs = processor(["<IMG>"] * 2, [pack.image(i) for i in ("red", "blue")], return_tensors="pt")
+    expected = model.encode_images(inputs["pixel_values"])
+    torch.testing.assert_close(batch["vision_states"], expected.last_hidden_state)
+    torch.testing.assert_close(vision.pooled(["blue"]), expected.pooler_output[1:])
+    monkeypatch.setattr("pegs.training.targets.compute_vision", None)  # the second time nothing is computed
+    VisionFeatures(pack, model, processor)
+    with torch.no_grad():
+        model.vision_model.post_layernorm.weight.mul_(2)
+    with pytest.raises(TypeError, match="not callable"):  # other weights, other features
+        VisionFeatures(pack, model, processor)
+
+
+def test_a_checkpoint_that_was_cut_is_not_resumed(tmp_path):
+    assert last_whole_checkpoint(str(tmp_path / "none")) is None
+    for step, text in ((1, "{}"), (2, "{"), (3, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+    start = tiny.make_tiny_model(lora={"r": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]})
+    start.save_pretrained(tmp_path / "start")
+    tiny.make_tiny_processor(start.config).save_pretrained(tmp_path / "start")
+    make_pack().save(tmp_path / "pack")
+    sessions = [make_session(number, "train") for number in range(6)] + [make_session(6, "validation")]
+    (tmp_path / "sessions.jsonl").write_text("\n".join(session.model_dump_json() for session in sessions))
+    trainer = {"max_steps": 20, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    trainer |= {"save_steps": 2, "save_total_limit": 2, "gradient_accumulation_steps": 2, "eval_strategy": "no"}
+    values = {"stage": "joint", "data": "sessions", "init_from": str(tmp_path / "start"), "trainer": trainer}
+    values |= {"stickers": str(tmp_path / "pack"), "sessions": str(tmp_path / "sessions.jsonl"), "packed": True}
+    values |= {"trainable": ["lora", "added_vocabulary", "qformer", "retrieval_head"], "negatives": "batch"}
+    values |= {"loss_weights": {"generation": 0.0}}
+    (tmp_path / "joint.yaml").write_text(yaml.safe_dump(values))
+
+    def command(name: str) -> list[str]:
+        config = ["--config", str(tmp_path / "joint.yaml"), "--output_dir", str(tmp_path / name)]
+        return [sys.executable, str(ROOT / "train.py"), *config]
+
+    subprocess.run(command("whole"), check=True, capture_output=True, cwd=ROOT)
+    process = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    while not (tmp_path / "cut" / "trainer" / "checkpoint-6" / "trainer_state.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    subprocess.run(command("cut"), check=True, capture_output=True, cwd=ROOT)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert any(".lora_" in name for name in one)
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
