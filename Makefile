@@ -67,8 +67,9 @@ generate-demo: setup  ## 20 dialogues with stickers by the embedded default, int
 	$(BIN)/pegs generate --profiles outputs/demo/profiles.jsonl --out outputs/demo/run -n 20
 
 MODELS := pegs-ret pegs-gen pegs-rag baseline-text baseline-tool
+CHOOSERS := minilm random
 MADE := outputs/reproduce
-reproduce: setup wordnet  ## PEGS against the baselines at the mini scale, from training these to the report in outputs/reproduce (an hour; resumes)
+reproduce: setup wordnet  ## PEGS against the baselines at the mini scale, from training these to the report in outputs/reproduce (hours on a CPU; resumes)
 	for name in text tool; do \
 	  test -f outputs/mini/baseline_$$name/done || { $(CPU) configs/mini/baseline_$$name.yaml && touch outputs/mini/baseline_$$name/done; } || exit 1; \
 	done
@@ -76,8 +77,11 @@ reproduce: setup wordnet  ## PEGS against the baselines at the mini scale, from 
 	  case $$model in baseline-*) from="--baseline outputs/mini/baseline_$${model#*-}";; *) from=;; esac; \
 	  $(BIN)/pegs evaluate predict --variant $${model#*-} $$from --out $(MADE)/predictions/$$model.jsonl || exit 1; \
 	done
+	for by in $(CHOOSERS); do \
+	  $(BIN)/pegs evaluate predict --variant $$by --replies $(MADE)/predictions/pegs-ret.jsonl --out $(MADE)/predictions/baseline-$$by.jsonl || exit 1; \
+	done
 	$(BIN)/pegs evaluate text $(MODELS:%=$(MADE)/predictions/%.jsonl) --out $(MADE)/results
-	$(BIN)/pegs evaluate mm $(MODELS:%=$(MADE)/predictions/%.jsonl) --tower mini --out $(MADE)/results
+	$(BIN)/pegs evaluate mm $(MODELS:%=$(MADE)/predictions/%.jsonl) $(CHOOSERS:%=$(MADE)/predictions/baseline-%.jsonl) --tower mini --out $(MADE)/results
 	test -f $(MADE)/stickerconv/statistics.json || { $(BIN)/pegs dataset build mini --out $(MADE)/stickerconv && $(BIN)/pegs dataset stats $(MADE)/stickerconv; }
 	$(BIN)/pegs evaluate report $(MADE)/results --predictions $(MADE)/predictions --dataset $(MADE)/stickerconv/statistics.json --against baseline-tool --out $(MADE)/report
 
