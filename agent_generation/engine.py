@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import sqlite3
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,10 @@ of one that failed), and returns its result. It must draw nothing but what its o
 """
 
 Encode = Callable[[Sequence[str]], np.ndarray]
+
+
+class JournalError(RuntimeError):
+    """A journal that another process has open."""
 
 
 class BudgetError(RuntimeError):
@@ -100,15 +105,30 @@ class Journal:
 
     Args:
         file (`Path`): Made if needed. It holds requests' digests and models' answers, never a key. One process opens it at a time: without shared
-            memory, SQLite's write-ahead log works on the network file systems of clusters too, and a second writer waits, then fails.
+            memory, SQLite's write-ahead log works on the network file systems of clusters too.
+        patience (`float`): Seconds to wait for another process to let go of it.
+
+    Raises:
+        JournalError: If another process has it open still.
 
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, patience: float = 20.0) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(file, isolation_level=None, timeout=60)
+        self.connection = sqlite3.connect(file, isolation_level=None)
         self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self.connection.execute("PRAGMA journal_mode = WAL")
+        until = time.monotonic() + patience
+        while True:
+            try:  # SQLite's own timeout does not hold for a write-ahead log without shared memory
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    raise
+                if time.monotonic() > until:
+                    self.connection.close()
+                    raise JournalError(f"{file}: another process is writing there; wait for its end.") from None
+                time.sleep(0.1)
         self.connection.execute("PRAGMA synchronous = NORMAL")
         self.connection.execute(
             "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, digest TEXT, text TEXT, model TEXT,"

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agent_generation.batch_api import BatchLLM
-from agent_generation.engine import BudgetError, Engine, Journal, Outcome, Prices
+from agent_generation.engine import BudgetError, Engine, Journal, JournalError, Outcome, Prices
 from agent_generation.llm import LLM, ROLES, ModelError, OpenAILLM
 from agent_generation.profile import ProfileError, generate_profiles, normalise_emotion, read_profiles, write_profiles
 from agent_generation.run import (
@@ -226,7 +226,7 @@ def told_plainly() -> Iterator[None]:
     """Errors that end a run, as one line."""
     try:
         yield
-    except (ModelError, BudgetError, RunError) as error:
+    except (ModelError, BudgetError, JournalError, RunError) as error:
         raise InputError(str(error)) from error
 
 
@@ -249,25 +249,22 @@ def make_profiles(
         `dict`: `profiles` (count), `refused` (by reason), and what it took.
 
     """
-    journal = Journal(out.with_name(f"{out.name}.journal.sqlite"))
-    try:
-        with told_plainly(), progress_bar(count, "profiles") as show:
-            engine = Engine(
-                writer.open(out.with_name(f"{out.name}.batches.json")),
-                journal,
-                writer.concurrency,
-                prices=writer.prices,
-                budget_usd=writer.budget_usd,
-                spent_usd=writer.prices.cost(*journal.paid()),
-            )
+    journal_path = out.with_name(f"{out.name}.journal.sqlite")
+    with told_plainly(), closing(Journal(journal_path)) as journal, progress_bar(count, "profiles") as show:
+        engine = Engine(
+            writer.open(out.with_name(f"{out.name}.batches.json")),
+            journal,
+            writer.concurrency,
+            prices=writer.prices,
+            budget_usd=writer.budget_usd,
+            spent_usd=writer.prices.cost(*journal.paid()),
+        )
 
-            async def write() -> Outcome:
-                start = lambda: generate_profiles(count, shares, seed, language, on_accepted=show)  # noqa: E731
-                return [outcome async for outcome in engine.run([(f"profiles/{seed}", start)])][0]
+        async def write() -> Outcome:
+            start = lambda: generate_profiles(count, shares, seed, language, on_accepted=show)  # noqa: E731
+            return [outcome async for outcome in engine.run([(f"profiles/{seed}", start)])][0]
 
-            outcome = asyncio.run(write())
-    finally:
-        journal.close()
+        outcome = asyncio.run(write())
     if outcome.result is None:
         raise InputError(f"{out}: {outcome.failed}")
     write_profiles(out, [Profile.model_validate(row) for row in outcome.result["profiles"]])

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from agent_generation.engine import BudgetError, Engine, Journal, Outcome, Prices, Steps
+from agent_generation.engine import BudgetError, Engine, Journal, JournalError, Outcome, Prices, Steps
 from agent_generation.engine import Progress as Done
 from agent_generation.llm import ModelError, OpenAILLM
 from agent_generation.tool import annotate_by_neighbours, annotate_sticker, apply_knowledge, filter_sticker
@@ -52,7 +53,7 @@ def ask_about(
     def start(sticker: Sticker) -> Callable[[], Steps]:
         return lambda: make(lambda: pack.image(sticker.id), endpoint.language)
 
-    async def run(bar: Progress) -> tuple[dict[str, Outcome], Done]:
+    async def run(journal: Journal, bar: Progress) -> tuple[dict[str, Outcome], Done]:
         row = bar.add_task(step, total=len(stickers), cost=0.0)
         engine = Engine(
             OpenAILLM(endpoint.url, endpoint.model),
@@ -66,15 +67,15 @@ def ask_about(
         outcomes = {outcome.task.partition("/")[2]: outcome async for outcome in engine.run(tasks)}
         return outcomes, engine.progress
 
-    journal = Journal(folder / JOURNAL)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[cost]:.4f} USD"))  # fmt: skip
     try:
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-            return asyncio.run(run(bar))
-    except (ModelError, BudgetError) as error:
+        with (
+            closing(Journal(folder / JOURNAL)) as journal,
+            Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,
+        ):
+            return asyncio.run(run(journal, bar))
+    except (ModelError, BudgetError, JournalError) as error:
         raise InputError(str(error)) from error
-    finally:
-        journal.close()
 
 
 def filter_pack(pack: StickerPack, endpoint: Endpoint, out: Path) -> dict:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import combinations
@@ -15,7 +16,7 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, create_model
 from scipy.stats import chi2, kendalltau
 
-from agent_generation.engine import BudgetError, Engine, Journal, Outcome, Steps, most_prompt_tokens
+from agent_generation.engine import BudgetError, Engine, Journal, JournalError, Outcome, Steps, most_prompt_tokens
 from agent_generation.engine import Progress as Done
 from agent_generation.llm import ROLES, AnswerError, Form, ModelError, OpenAILLM, Request, RoleSettings
 from agent_generation.tool import annotate_sticker, picture_part
@@ -295,9 +296,9 @@ def run_judge(
     """
     if endpoint.budget_usd is not None and endpoint.prices == Prices():
         raise InputError("--budget-usd needs --price-in and --price-out to count by.")
-    journal = Journal(folder / f"judge-{re.sub(r'[^A-Za-z0-9._-]+', '-', endpoint.model)}.sqlite3")
+    journal_path = folder / f"judge-{re.sub(r'[^A-Za-z0-9._-]+', '-', endpoint.model)}.sqlite3"
 
-    async def run() -> tuple[Trial, dict[str, Outcome], Done]:
+    async def run(journal: Journal) -> tuple[Trial, dict[str, Outcome], Done]:
         stage, total = "describing stickers", 0
         engine = Engine(
             OpenAILLM(endpoint.url, endpoint.model, JUDGE),
@@ -321,11 +322,10 @@ def run_judge(
         return described, await answer(tasks), engine.progress
 
     try:
-        described, outcomes, done = asyncio.run(run())
-    except (ModelError, BudgetError) as error:
+        with closing(Journal(journal_path)) as journal:
+            described, outcomes, done = asyncio.run(run(journal))
+    except (ModelError, BudgetError, JournalError) as error:
         raise InputError(str(error)) from error
-    finally:
-        journal.close()
     cost = {
         "calls": done.calls,
         "reused": done.reused,

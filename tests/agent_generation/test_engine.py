@@ -2,18 +2,23 @@ import asyncio
 import json
 import logging
 import re
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-from agent_generation.engine import BudgetError, Engine, Journal, Prices, needed
+from agent_generation.engine import BudgetError, Engine, Journal, JournalError, Prices, needed
 from agent_generation.llm import ROLES as LLM_ROLES
 from agent_generation.llm import AnswerError, ModelError, OpenAILLM, Request, RoleSettings
 from tests.fixtures.llm_server import Server, completion
 
 
+ROOT = Path(__file__).parents[2]
 ROLES = {"user": RoleSettings(temperature=0.3, max_tokens=20)}
 
 
@@ -236,3 +241,14 @@ def test_answers_are_read_from_fences_and_refused_otherwise():
     for bad in ("", "three", '{"number": "x"}', '{"number": 3'):
         with pytest.raises(AnswerError):
             request.parse(bad)
+
+
+def test_a_journal_is_written_by_one_process_at_a_time(tmp_path):
+    file = tmp_path / "j.sqlite3"
+    code = f"import time; from pathlib import Path; from agent_generation.engine import Journal; j = Journal(Path({str(file)!r})); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        with pytest.raises(JournalError, match=f"{file}: another process is writing there"):
+            Journal(file, patience=0.3)
+        threading.Timer(0.5, other.kill).start()
+        Journal(file).close()

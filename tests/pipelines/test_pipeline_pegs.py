@@ -161,6 +161,7 @@ def test_emotion_changes_the_drawing_alone(pipeline):
 
     states = EmotionStates(["anger", "neutral", "sadness"], 24)
     torch.nn.init.normal_(states.means, generator=torch.Generator().manual_seed(1))
+    pipeline.decoder = tiny.make_tiny_decoder()
     pipeline.decoder.emotion_states = states
     plain, angry, furious = (
         pipeline(tiny.dialogue(), variant="gen", emotion=emotion, emotion_scale=scale, **FAST)
