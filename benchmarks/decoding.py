@@ -15,14 +15,14 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from dataset_builders.stickerconv.sessions import load_mini
-from pegs.assemble import DEFAULT_MODEL, embed_pictures, load_pipeline
+from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.evaluation.drawing import DrawingJudge
 from pegs.quiet import quiet_libraries
 from pegs.training.dialogues import turn_contexts
 from pegs.training.text_states import encode_captions
@@ -31,7 +31,6 @@ from pipelines.pipeline_sticker import StickerPipeline
 
 
 FEW, MANY, GUIDANCE = 4, 50, 2.5
-VOTES = 5
 
 
 def load_decoder(folder: str, scheduler: str) -> StickerPipeline:
@@ -71,22 +70,6 @@ class Drawer:
         return image
 
 
-def make_judge(pegs: PegsPipeline) -> Callable[[list[Image.Image]], list[str]]:
-    """From pictures to emotions: the vote of the nearest training stickers under the vision tower."""
-    train = pegs.pack.split("train")
-    vectors = embed_pictures(pegs.model, pegs.processor, pegs.pack, train)
-
-    def judge(images: list[Image.Image]) -> list[str]:
-        nearest = (
-            torch.cat([pegs.embed_images(images[i : i + 32]) @ vectors.T for i in range(0, len(images), 32)])
-            .topk(VOTES)
-            .indices
-        )
-        return [Counter(train[i].emotion for i in row).most_common(1)[0][0] for row in nearest.tolist()]
-
-    return judge
-
-
 def agreement(said: list[str], meant: list[str]) -> dict[str, float]:
     """Share of the emotions that are as meant, in per cent, with its standard error."""
     share = sum(a == b for a, b in zip(said, meant, strict=True)) / len(meant)
@@ -108,8 +91,12 @@ def compare_drawing(pegs: PegsPipeline, few: Drawer, many: Drawer, count: int, s
     for i, prompt_embeds in enumerate(states.split(1)):
         pictures["few"].append(few(prompt_embeds, seed + i))
         pictures["many"].append(many(prompt_embeds, seed + i))
-    judge, meant = make_judge(pegs), [sticker.emotion for sticker in chosen]
-    real = judge([pegs.pack.image(sticker.id) for sticker in held_out])
+    judge, meant = DrawingJudge.of(pegs), [sticker.emotion for sticker in chosen]
+
+    def name_emotions(images: list[Image.Image]) -> list[str]:
+        return judge.name_emotions(judge.embed(images))
+
+    real = name_emotions([pegs.pack.image(sticker.id) for sticker in held_out])
     seconds = {"few": statistics.median(few.calls), "many": statistics.median(many.calls)}
     denoising = {"few": statistics.median(few.denoising), "many": statistics.median(many.denoising)}
     return {
@@ -119,7 +106,7 @@ def compare_drawing(pegs: PegsPipeline, few: Drawer, many: Drawer, count: int, s
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "times_faster": round(seconds["many"] / seconds["few"], 1),
         "denoising_times_faster": round(denoising["many"] / denoising["few"], 1),
-        "emotion_agreement": {name: agreement(judge(images), meant) for name, images in pictures.items()},
+        "emotion_agreement": {name: agreement(name_emotions(images), meant) for name, images in pictures.items()},
         "judge_on_real_held_out_stickers": agreement(real, [sticker.emotion for sticker in held_out]),
         "most_frequent_emotion_percent": round(100 * Counter(meant).most_common(1)[0][1] / len(meant), 1),
     }

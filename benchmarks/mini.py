@@ -19,7 +19,8 @@ from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.sheet import contact_sheet
 from hub_cards.cards import render_card
 from modeling_pegs.backbones import find_language_model
-from pegs.assemble import DEFAULT_MODEL, embed_pictures, load_pipeline
+from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.evaluation.drawing import DrawingJudge
 from pegs.quiet import quiet_libraries
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import session_messages, turn_contexts
@@ -162,20 +163,8 @@ def main() -> None:
     }
     figures["retrieval_recall_at_5_of_database"] = {"pegs": share(exact), "chance": round(5 / 55.5, 4)}
 
-    train_ids = [s.id for s in pack.split("train")]
-    train_embeds = embed_pictures(model, processor, pack, pack.split("train"))
-
-    def judge(images: list) -> list[str]:
-        """Emotion by a vote of the five nearest training stickers under the vision tower."""
-        inputs = processor(["<IMG>"] * len(images), images, return_tensors="pt")
-        with torch.no_grad():
-            nearest = (model.embed_stickers(inputs["pixel_values"]) @ train_embeds.T).topk(5).indices
-        return [
-            Counter(pack.by_id[train_ids[i]].emotion for i in row.tolist()).most_common(1)[0][0] for row in nearest
-        ]
-
-    test = pack.split("test")
-    verdicts = judge([pack.image(s.id) for s in test])
+    judge, test = DrawingJudge.of(pipeline), pack.split("test")
+    verdicts = judge.name_emotions(judge.embed([pack.image(s.id) for s in test]))
     figures["judge_accuracy_on_held_out_stickers"] = share(
         [v == s.emotion for v, s in zip(verdicts, test, strict=True)]
     )
@@ -184,11 +173,12 @@ def main() -> None:
         chunk = torch.stack([reply["prompt_embeds"] for reply in forced[start : start + 16]])
         generators = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(chunk))]
         drawn += pipeline.decoder(prompt_embeds=chunk, generator=generators).images
-    drawn_hits = [verdict == gold for verdict, gold in zip(judge(drawn), golds, strict=True)]
-    train_share = Counter(pack.by_id[i].emotion for i in train_ids)
+    verdicts = judge.name_emotions(judge.embed(drawn))
+    drawn_hits = [verdict == gold for verdict, gold in zip(verdicts, golds, strict=True)]
+    train_share = Counter(judge.emotions)
     figures["drawn_emotion_accuracy"] = {
         "pegs": share(drawn_hits),
-        "chance": round(sum(train_share[gold] / len(train_ids) for gold in golds) / len(golds), 4),
+        "chance": round(sum(train_share[gold] / len(judge.emotions) for gold in golds) / len(golds), 4),
     }
     figures["drawn_emotion_macro_accuracy"] = {"pegs": macro(golds, drawn_hits), "chance": round(1 / len(EMOTIONS), 4)}
     assets = Path(args.model) / "assets"

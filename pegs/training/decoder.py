@@ -243,7 +243,7 @@ def train_unet(args: DecoderUnetArguments) -> None:
     unet.set_attn_processor(AttnProcessor())  # on a CPU the backward pass of the fused kernel costs a fifth of a step
     if args.init_from:
         take_over(unet, UNet2DConditionModel.from_pretrained(args.init_from))
-    average = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    average = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing",
         rescale_betas_zero_snr=True,
@@ -259,7 +259,7 @@ def train_unet(args: DecoderUnetArguments) -> None:
         snr_plus_1 = 1 / (1 - scheduler.alphas_cumprod.to(clean.device)[timesteps])
         return (error * (args.snr_gamma + 1) / snr_plus_1.clamp(min=args.snr_gamma + 1)).mean()
 
-    unet = train_loop(args, unet, dataset, loss_fn, lambda step: average.step(unet.parameters()), [average])
+    unet = train_loop(args, unet, dataset, loss_fn, [average])
     average.copy_to(unet.parameters())
     pipeline = StickerPipeline(
         vae, unet, scheduler, prompt_length=dataset.states.shape[1], force_zeros_for_empty_prompt=True

@@ -117,7 +117,7 @@ def train_lcm(args: DecoderLcmArguments) -> None:
     student.load_state_dict(teacher.state_dict())
     for unet in (teacher, student):
         unet.set_attn_processor(AttnProcessor())  # see train_unet
-    average = EMAModel(student.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    average = EMAModel(student.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=args.grid_steps)
 
     def loss_fn(model: torch.nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
@@ -134,7 +134,7 @@ def train_lcm(args: DecoderLcmArguments) -> None:
         error = F.mse_loss(consistency(model, noisy, index, states, levels), target, reduction="none")
         return ((error + args.huber_c**2).sqrt() - args.huber_c).mean()
 
-    student = train_loop(args, student, dataset, loss_fn, lambda step: average.step(student.parameters()), [average])
+    student = train_loop(args, student, dataset, loss_fn, [average])
     average.copy_to(student.parameters())
     config = {name: pipeline.config[name] for name in ("prompt_length", "force_zeros_for_empty_prompt")}
     config |= {"default_num_inference_steps": args.num_inference_steps, "default_guidance_scale": 1.0}

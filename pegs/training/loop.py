@@ -3,13 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset, Subset
 
 
@@ -58,8 +59,7 @@ def train_loop(
     model: torch.nn.Module,
     dataset: Dataset,
     loss_fn: Callable[[torch.nn.Module, dict | torch.Tensor, torch.Generator], torch.Tensor],
-    after_step: Callable[[int], None] | None = None,
-    extra_state: list[object] | None = None,
+    averages: Sequence[EMAModel] = (),
 ) -> torch.nn.Module:
     """
     Train `model` for `args.max_steps` steps, bf16 autocast, resuming from `args.output_dir/state` if a run was cut.
@@ -69,8 +69,7 @@ def train_loop(
         model (`torch.nn.Module`): Trained in place.
         dataset (`Dataset`): Map-style, at least `max_steps * batch_size` long: sample `i` is used once, at step `i // batch_size`.
         loss_fn (`Callable`): `(model, batch, generator) -> loss`; every random draw comes from `generator`.
-        after_step (`Callable`, *optional*): Called with the finished step's number, e.g. for a moving average.
-        extra_state (`list`, *optional*): Objects with `state_dict` / `load_state_dict` that belong to the saved state.
+        averages (`Sequence[EMAModel]`): Moving averages of the weights, one step further after each of the optimizer's.
 
     Returns:
         `torch.nn.Module`: The trained model, unwrapped.
@@ -83,13 +82,15 @@ def train_loop(
         optimizer, lambda step: cosine_with_warmup(step, args.warmup_steps, args.max_steps)
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(scheduler, *(extra_state or []))
+    accelerator.register_for_checkpointing(scheduler, *averages)
     state = Path(args.output_dir) / "state"
     first = 0
     if (state / "step").is_file():
         accelerator.load_state(str(state / "accelerate"))
         first = int((state / "step").read_text())
         logger.info("resumed at step %d", first)
+    for average in averages:
+        average.to(accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     order = [
         i
@@ -109,8 +110,8 @@ def train_loop(
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        if after_step is not None:
-            after_step(step + 1)
+        for average in averages:
+            average.step(model.parameters())
         running = 0.98 * running + 0.02 * loss.item() if step > first else loss.item()
         if (step + 1) % 50 == 0 or step + 1 == args.max_steps:
             pace = (time.monotonic() - started) / (step + 1 - first)

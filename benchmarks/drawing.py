@@ -1,0 +1,143 @@
+"""
+How good the drawn stickers of a model are, one JSON line; contact sheets and `drawing.json` into the checkpoint, for its card.
+
+    python benchmarks/drawing.py [--model checkpoints/pegs-mini] [--teacher outputs/mini/decoder_unet/pipeline] [--turns 120]
+
+`captions`: the captions of the held-out stickers, drawn in few steps and in 20 and 50 of the decoder that the few were distilled from, beside the real stickers. `replies`:
+stickers for test turns where the gold reply has one, by Gen, RAG and Ret. What each figure is, [`measure_drawings`] says.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dataset_builders.schema import EMOTIONS
+from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.stickers.encoder import TextEncoder
+from dataset_builders.stickers.sheet import contact_sheet
+from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.evaluation.drawing import DrawingJudge, choose_evenly, measure_drawings, to_pixels
+from pegs.quiet import quiet_libraries
+from pegs.training.dialogues import turn_contexts
+from pegs.training.text_states import encode_captions
+from pipelines.pipeline_pegs import PegsPipeline
+from pipelines.pipeline_sticker import StickerPipeline
+
+
+FOOTER = "Drawn by the mini decoder, trained on OpenMoji (CC BY-SA 4.0)"
+THINGS = ("cat face", "hugging face", "person raising hand", "sleeping face", "dog", "red heart")
+BATCH = 14
+
+
+def draw(decoder: StickerPipeline, states: torch.Tensor, seed: int, **settings) -> list[Image.Image]:
+    """One sticker for each of `states` `(N, L, D)`, sticker `i` from seed `seed + i`."""
+    images = []
+    for start in range(0, len(states), BATCH):
+        part = slice(start, start + BATCH)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(states))[part]]
+        own = {name: value[part] if torch.is_tensor(value) else value for name, value in settings.items()}
+        images += decoder(prompt_embeds=states[part], generator=generators, **own).images
+    return images
+
+
+def sticker_outputs(pegs: PegsPipeline, contexts: Sequence[list[dict]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PEGS asks for after each context, a sticker forced: queries `(N, e)` and prompt embeddings `(N, L, D)`."""
+    queries, states = [], []
+    for start in range(0, len(contexts), BATCH):
+        inputs = pegs.processor.apply_chat_template(
+            contexts[start : start + BATCH], add_generation_prompt=True, tokenize=True, return_tensors="pt"
+        )
+        output = pegs.model.generate(**inputs, max_new_tokens=64, do_sample=False, sticker_bias=math.inf)
+        queries.append(output.sticker_queries)
+        states.append(output.sticker_prompt_embeds)
+    return torch.cat(queries), torch.cat(states)
+
+
+def draw_replies(
+    pegs: PegsPipeline, count: int, seed: int
+) -> tuple[dict[str, list[Image.Image]], list[str], list[str]]:
+    """Stickers by variant for test turns, with the gold stickers' emotions and captions."""
+    turns = [
+        (context, turn.system.sticker)
+        for session in load_mini("test")
+        for turn, context in zip(session.turns, turn_contexts(session, pegs.pack), strict=True)
+        if turn.system.sticker is not None
+    ]
+    chosen = turns[:: max(1, len(turns) // count)][:count]
+    queries, states = sticker_outputs(pegs, [context for context, _ in chosen])
+    nearest = [pegs.retrieve(query, 1) for query in queries]
+    over = torch.cat([pegs.mix_latents(found) for found in nearest])
+    images = {
+        "gen": draw(pegs.decoder, states, seed),
+        "rag": draw(pegs.decoder, states, seed, init_image=over, strength=0.6),
+        "ret": [pegs.pack.image(found[0].id) for found in nearest],
+    }
+    gold = [pegs.pack.by_id[sticker.id] for _, sticker in chosen]
+    return images, [sticker.emotion for sticker in gold], [sticker.caption for sticker in gold]
+
+
+def main() -> None:
+    """Print the figures and draw the sheets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEFAULT_MODEL))
+    parser.add_argument("--teacher", help="decoder of many steps, if the model's is distilled from one")
+    parser.add_argument("--turns", type=int, default=120, help="how many test turns are answered")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    quiet_libraries()
+    pegs = load_pipeline(args.model)
+    judge, pack = DrawingJudge.of(pegs), pegs.pack
+    embed = TextEncoder(pegs.model.config.retrieval_text_encoder)
+    training = to_pixels([pack.image(sticker.id) for sticker in pack.split("train")])
+
+    def measure(images: Sequence[Image.Image], meant: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
+        return measure_drawings(judge, images, meant, torch.from_numpy(embed(captions)), training)
+
+    held_out = pack.split("test")
+    captions, emotions = [s.caption for s in held_out], [s.emotion for s in held_out]
+    length = pegs.model.config.prompt_length
+    states = encode_captions(captions, length)
+    few = pegs.decoder.config.default_num_inference_steps
+    drawn = {f"{few}_steps": draw(pegs.decoder, states, args.seed)}
+    if args.teacher:
+        teacher = StickerPipeline.from_pretrained(args.teacher, dtype=torch.float32)
+        teacher.set_progress_bar_config(disable=True)
+        for steps in (20, 50):
+            drawn[f"teacher_{steps}_steps"] = draw(teacher, states, args.seed, num_inference_steps=steps)
+    figures: dict = {"benchmark": "drawing", "model": Path(args.model).name, "held_out": len(held_out)}
+    figures["captions"] = {
+        **{name: measure(images, emotions, captions) for name, images in drawn.items()},
+        "real_stickers": measure([pack.image(sticker.id) for sticker in held_out], emotions, captions),
+        "chance": {"emotion_agreement": round(max(map(emotions.count, EMOTIONS)) / len(emotions), 3), "caption_recall_at_10": 0.1},
+    }  # fmt: skip
+    replies, meant, about = draw_replies(pegs, args.turns, args.seed)
+    figures["turns"] = len(meant)
+    figures["replies"] = {name: measure(images, meant, about) for name, images in replies.items()}
+
+    assets = Path(args.model) / "assets"
+    assets.mkdir(exist_ok=True)
+    shown = choose_evenly(held_out, 6)
+    images = dict(zip([sticker.id for sticker in held_out], drawn[f"{few}_steps"], strict=True))
+    labels = [f"{sticker.emotion}: {sticker.tags[0]}" for sticker in shown]
+    sheet = contact_sheet([images[sticker.id] for sticker in shown], labels, columns=6, footer=FOOTER)
+    sheet.save(assets / "held_out_42.png", optimize=True)
+    asked = [f"{thing}, {emotion}" for thing in THINGS for emotion in EMOTIONS]
+    grid = [image for row in encode_captions(asked, length).split(len(EMOTIONS)) for image in same_noise(pegs.decoder, row, args.seed)]  # fmt: skip
+    contact_sheet(grid, asked, columns=len(EMOTIONS), footer=FOOTER).save(assets / "emotions_42.png", optimize=True)
+    (Path(args.model) / "drawing.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    print(json.dumps(figures))
+
+
+def same_noise(decoder: StickerPipeline, states: torch.Tensor, seed: int) -> list[Image.Image]:
+    """Stickers for `states` `(N, L, D)` that all start from the same noise, so that only the caption tells them apart."""
+    generators = [torch.Generator().manual_seed(seed) for _ in states]
+    return decoder(prompt_embeds=states, generator=generators).images
+
+
+if __name__ == "__main__":
+    main()
