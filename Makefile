@@ -86,6 +86,7 @@ reproduce: setup wordnet  ## PEGS against the baselines at the mini scale, from 
 	$(BIN)/pegs evaluate report $(MADE)/results --predictions $(MADE)/predictions --dataset $(MADE)/stickerconv/statistics.json --against baseline-tool --out $(MADE)/report
 
 evaluate-mini: setup  ## print the figures of the mini model's card and draw its contact sheets
+	$(BIN)/python benchmarks/drawing.py $(addprefix --teacher ,$(wildcard outputs/mini/decoder_unet/pipeline))
 	$(BIN)/python benchmarks/mini.py
 
 clean:  ## remove .venv and caches, keep outputs

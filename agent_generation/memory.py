@@ -15,6 +15,7 @@ from agent_generation.prompts import ask
 DECAY = 0.9  # of recency, a turn
 REFLECT_AT = 30  # importance observed since the last reflection; two turns of two messages each bring about 20
 UNRATED = 5
+RECALLED = 4  # memories that come to mind at once
 VIEW = 3  # turns of the dialogue that an agent has before its eyes; older ones it must recall
 
 Rating = Literal[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
@@ -22,11 +23,10 @@ Rating = Literal[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 @dataclass
 class Memory:
-    """Something observed or understood: its text, in which turn, how much it matters (1 to 10), and its vector (float16)."""
+    """Something observed or understood: its text, in which turn, and how much it matters (1 to 10)."""
 
     text: str
     turn: int
-    vector: np.ndarray
     importance: int | None = None
     insight: bool = False
     recalled: int = 0  # the turn in which it was last recalled
@@ -44,13 +44,13 @@ class MemoryStream:
     memories: list[Memory] = field(default_factory=list)
     unreflected: int = 0
 
-    def observe(self, text: str, turn: int, vector: np.ndarray) -> None:
+    def observe(self, text: str, turn: int) -> None:
         """Remember something that happened; it is rated later."""
-        self.memories.append(Memory(text, turn, vector.astype(np.float16), recalled=turn))
+        self.memories.append(Memory(text, turn, recalled=turn))
 
-    def understand(self, text: str, turn: int, vector: np.ndarray, importance: int) -> None:
+    def understand(self, text: str, turn: int, importance: int) -> None:
         """Remember an insight; reflection starts anew."""
-        self.memories.append(Memory(text, turn, vector.astype(np.float16), importance, True, turn))
+        self.memories.append(Memory(text, turn, importance, True, turn))
         self.unreflected = 0
 
     def unrated(self) -> list[Memory]:
@@ -68,28 +68,32 @@ class MemoryStream:
         """Whether enough has happened since the last reflection."""
         return self.unreflected >= REFLECT_AT
 
-    def recall(self, cue: np.ndarray, turn: int, k: int = 4) -> list[str]:
+    def candidates(self, turn: int) -> list[Memory]:
+        """What may come to mind: all insights, and what happened before the last `VIEW` turns."""
+        return [memory for memory in self.memories if memory.insight or memory.turn < turn - VIEW]
+
+    def recall(self, turn: int, relevance: np.ndarray | None = None, k: int = RECALLED) -> list[str]:
         """
-        What comes to mind: the sum of recency, relevance and importance, each scaled to `[0, 1]` over the candidates, which are all insights and
-        what happened before the last `VIEW` turns.
+        What comes to mind: the sum of recency, relevance and importance, each scaled to `[0, 1]` over the candidates.
 
         Args:
-            cue (`np.ndarray` of shape `(d,)`): Unit vector of what was just observed.
             turn (`int`): Now.
+            relevance (`np.ndarray` of shape `(n,)`, *optional*): Cosine similarity of each candidate to what was just observed; not needed where there are
+                at most `k` candidates, which all come to mind.
             k (`int`, *optional*, defaults to 4): How many at most.
 
         Returns:
             `list[str]`: Oldest first.
 
         """
-        candidates = [memory for memory in self.memories if memory.insight or memory.turn < turn - VIEW]
-        if not candidates:
-            return []
-        recency = np.array([DECAY ** (turn - memory.recalled) for memory in candidates])
-        relevance = np.stack([memory.vector for memory in candidates]).astype(np.float32) @ cue.astype(np.float32)
-        importance = np.array([memory.weight for memory in candidates], float)
-        score = scale(recency) + scale(relevance) + scale(importance)
-        best = sorted(np.argsort(-score, kind="stable")[:k])
+        candidates = self.candidates(turn)
+        best = list(range(len(candidates)))
+        if len(candidates) > k:
+            assert relevance is not None
+            recency = np.array([DECAY ** (turn - memory.recalled) for memory in candidates])
+            importance = np.array([memory.weight for memory in candidates], float)
+            score = scale(recency) + scale(relevance) + scale(importance)
+            best = sorted(np.argsort(-score, kind="stable")[:k])
         for number in best:
             candidates[number].recalled = turn
         return [candidates[number].text for number in best]

@@ -6,8 +6,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from agent_generation.action import clean_message, cut_message
 from agent_generation.engine import Embedding, Steps, needed
 from agent_generation.llm import AnswerError, Request
@@ -21,7 +19,7 @@ from agent_generation.manager import (
     about_sticker,
     find_problem,
 )
-from agent_generation.memory import VIEW, MemoryStream, rate_request, reflect_request
+from agent_generation.memory import RECALLED, VIEW, MemoryStream, rate_request, reflect_request
 from agent_generation.plan import DueIntention, DuePlan, FreeIntention, FreePlan, Query, candidates, choice_form
 from agent_generation.prompts import ask, render
 from agent_generation.tool import Toolbox
@@ -85,7 +83,7 @@ class Agent:
     self_image: str = ""
     advice: str = ""
     stream: MemoryStream = field(default_factory=MemoryStream)
-    cue: np.ndarray | None = None  # vector of what the other side just did
+    cue: str = ""  # what the other side just did
 
     @property
     def who(self) -> dict[str, str]:
@@ -134,7 +132,7 @@ class Dialogue:
                 if text is None:
                     break
                 sticker = yield from self._send_sticker(agent, turn, text)
-                yield from self._show(agent, turn, Message(text=text, sticker=sticker))
+                self._show(agent, turn, Message(text=text, sticker=sticker))
             if text is None:
                 ended_by = "repetition"
                 break
@@ -173,7 +171,8 @@ class Dialogue:
 
     def _speak(self, agent: Agent, turn: int) -> Part:
         """A message that neither repeats an earlier one nor is too long; `None` if it keeps repeating."""
-        language, messages = self.settings.language, self._chat(agent, turn)
+        recalled = yield from self._recall(agent, turn)
+        language, messages = self.settings.language, self._chat(agent, turn, recalled)
         earlier = [message.text for _, message in self.lines]
         (answer,) = yield [Request(messages, agent.role)]
         for rewrite in range(REWRITES + 1):
@@ -192,9 +191,16 @@ class Dialogue:
             raise AnswerError("empty message")
         return None
 
-    def _chat(self, agent: Agent, turn: int) -> list[dict]:
+    def _recall(self, agent: Agent, turn: int) -> Part:
+        """What comes to the agent's mind; texts are embedded only where there is more than can come to mind."""
+        memories, relevance = agent.stream.candidates(turn), None
+        if len(memories) > RECALLED:
+            (vectors,) = yield [Embedding((agent.cue, *(memory.text for memory in memories)))]
+            relevance = vectors[1:] @ vectors[0]
+        return agent.stream.recall(turn, relevance)
+
+    def _chat(self, agent: Agent, turn: int, recalled: Sequence[str]) -> list[dict]:
         """The dialogue as the agent's chat: its own lines are the assistant's, and it sees the other's stickers."""
-        recalled = agent.stream.recall(agent.cue, turn) if agent.cue is not None else []
         values = {"who": agent.who, "recalled": recalled, "advice": agent.advice, "turn": turn}
         first = render(f"{agent.role}_agent", self.settings.language, max_turns=self.settings.max_turns, **values)
         chat = [{"role": "system", "content": first}]
@@ -285,14 +291,13 @@ class Dialogue:
             return None
         return review.consistent == "yes"
 
-    def _show(self, agent: Agent, turn: int, message: Message) -> Part:
+    def _show(self, agent: Agent, turn: int, message: Message) -> None:
         """The message is sent: both sides observe it, and the other has something to answer."""
         self.lines.append((agent.role, message))
         observed = self._shown(agent.role, message, "observation")
-        (vectors,) = yield [Embedding((observed,))]
         for observer in (self.user, self.system):
-            observer.stream.observe(observed, turn, vectors[0])
-        (self.system if agent is self.user else self.user).cue = vectors[0]
+            observer.stream.observe(observed, turn)
+        (self.system if agent is self.user else self.user).cue = observed
 
     def _review(self, turn: int) -> Part:
         """Every two turns: the manager reviews the dialogue, while both sides rate what they observed and reflect if it was much."""
@@ -325,6 +330,5 @@ class Dialogue:
                 continue
             self.tally["reflections"] += 1
             agent.self_image = answer.self_image
-            (vectors,) = yield [Embedding(tuple(insight.text for insight in answer.insights))]
-            for insight, vector in zip(answer.insights, vectors, strict=True):
-                agent.stream.understand(insight.text, turn, vector, insight.importance)
+            for insight in answer.insights:
+                agent.stream.understand(insight.text, turn, insight.importance)

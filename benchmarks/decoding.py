@@ -91,7 +91,7 @@ def compare_drawing(pegs: PegsPipeline, few: Drawer, many: Drawer, count: int, s
     for i, prompt_embeds in enumerate(states.split(1)):
         pictures["few"].append(few(prompt_embeds, seed + i))
         pictures["many"].append(many(prompt_embeds, seed + i))
-    judge, meant = DrawingJudge.of(pegs), [sticker.emotion for sticker in chosen]
+    judge, meant = DrawingJudge.of(pegs, pegs.pack), [sticker.emotion for sticker in chosen]
 
     def name_emotions(images: list[Image.Image]) -> list[str]:
         return judge.name_emotions(judge.embed(images))

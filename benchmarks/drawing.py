@@ -91,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     pegs = load_pipeline(args.model)
-    judge, pack = DrawingJudge.of(pegs), pegs.pack
+    judge, pack = DrawingJudge.of(pegs, pegs.pack), pegs.pack
     embed = TextEncoder(pegs.model.config.retrieval_text_encoder)
     training = to_pixels([pack.image(sticker.id) for sticker in pack.split("train")])
 

@@ -8,23 +8,30 @@ import argparse
 import json
 import math
 import random
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from dataset_builders.schema import EMOTIONS
+from dataset_builders.schema import EMOTIONS, Session
 from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.stickers.pack import StickerPack
 from dataset_builders.stickers.sheet import contact_sheet
 from hub_cards.cards import render_card
+from modeling_pegs import PegsConfig
 from modeling_pegs.backbones import find_language_model
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
 from pegs.evaluation.drawing import DrawingJudge
+from pegs.evaluation.multimodal import average_precision
+from pegs.evaluation.results import Columns, Metric, Statistic, divide, mean_of, measure
 from pegs.quiet import quiet_libraries
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import session_messages, turn_contexts
 from pegs.training.text_states import embed_sentences
+from pipelines.pipeline_pegs import PegsPipeline
 
 
 def text_only(messages: list[dict]) -> list[dict]:
@@ -33,30 +40,32 @@ def text_only(messages: list[dict]) -> list[dict]:
 
 
 @torch.no_grad()
-def perplexity(score, collator: DataCollatorForPegs, dialogues: list[list[dict]]) -> float:
-    """Perplexity of the System's text tokens; end and [IMG] tokens are left out, so that both models predict the same tokens."""
-    total, count = 0.0, 0
-    for messages in dialogues:
-        batch = collator.processor.apply_chat_template([messages], tokenize=True, return_tensors="pt")
-        labels = collator.make_labels(batch["input_ids"][0], batch["attention_mask"][0])
-        keep = (labels != -100) & (labels < collator.config.first_new_token_id) & (labels != collator.end_id)
-        log_probs = score(batch)[0, :-1, : collator.config.first_new_token_id].float().log_softmax(-1)
-        targets = labels[1:][keep[1:]]
-        total -= log_probs[keep[1:]].gather(1, targets.unsqueeze(1)).sum().item()
-        count += len(targets)
-    return math.exp(total / count)
+def text_loss(score: Callable, collator: DataCollatorForPegs, messages: list[dict]) -> tuple[float, int]:
+    """Negative log-likelihood of the System's text tokens and their number; end and [IMG] tokens are left out, so that all models predict the same tokens."""
+    batch = collator.processor.apply_chat_template([messages], tokenize=True, return_tensors="pt")
+    labels = collator.make_labels(batch["input_ids"][0], batch["attention_mask"][0])
+    keep = (labels != -100) & (labels < collator.config.first_new_token_id) & (labels != collator.end_id)
+    log_probs = score(batch)[0, :-1, : collator.config.first_new_token_id].float().log_softmax(-1)
+    targets = labels[1:][keep[1:]]
+    return -log_probs[keep[1:]].gather(1, targets.unsqueeze(1)).sum().item(), len(targets)
 
 
-def system_turns(sessions, pack) -> list[dict]:
+def perplexity(columns: Columns, weights: np.ndarray) -> np.ndarray:
+    """Perplexity of sessions' losses."""
+    return np.exp(weights @ columns["loss"] / (weights @ columns["tokens"]))
+
+
+def system_turns(sessions: list[Session], pack: StickerPack) -> list[dict]:
     """Every System turn with all earlier messages as context (section 6)."""
     turns = []
     for session in sessions:
         for turn, context in zip(session.turns, turn_contexts(session, pack), strict=True):
-            turns.append({"session": session, "context": context, "user": turn.user.text, "gold": turn.system.sticker})
+            name = f"{session.session_id}/{turn.turn}"
+            turns.append({"session": session, "name": name, "context": context, "user": turn.user.text, "gold": turn.system.sticker})  # fmt: skip
     return turns
 
 
-def generate(pipeline, turns: list[dict], seed: int, batch_size: int = 16, **kwargs) -> list[dict]:
+def generate(pipeline: PegsPipeline, turns: list[dict], seed: int, batch_size: int = 16, **kwargs) -> list[dict]:
     """Replies of the model to the turns' contexts."""
     replies = []
     for start in range(0, len(turns), batch_size):
@@ -73,6 +82,7 @@ def generate(pipeline, turns: list[dict], seed: int, batch_size: int = 16, **kwa
                 {
                     "text": text,
                     "sticker": bool(output.sticker_mask[row]),
+                    "logit": float(output.sticker_logit[row]),
                     "query": output.sticker_queries[row],
                     "prompt_embeds": output.sticker_prompt_embeds[row],
                 }
@@ -80,126 +90,150 @@ def generate(pipeline, turns: list[dict], seed: int, batch_size: int = 16, **kwa
     return replies
 
 
-def share(hits: list[bool]) -> float:
-    """Mean of hits, rounded."""
-    return round(sum(hits) / len(hits), 4)
+def told(metric: Metric) -> dict[str, float]:
+    """A value with its 95 % interval, rounded."""
+    return {"value": round(metric.value, 4), "low": round(metric.low, 4), "high": round(metric.high, 4)}
 
 
-def macro(golds: list[str], hits: list[bool]) -> float:
-    """Mean over the gold emotions of the share of hits, rounded."""
-    groups = {e: [hit for gold, hit in zip(golds, hits, strict=True) if gold == e] for e in set(golds)}
-    return round(sum(sum(group) / len(group) for group in groups.values()) / len(groups), 4)
+def means(columns: dict[str, list[float]], names: list[str]) -> dict[str, dict[str, float]]:
+    """Means of figures of turns, with intervals by bootstrap over sessions."""
+    arrays = {name: np.array(values, float) for name, values in columns.items()}
+    return {name: told(m) for name, m in measure(arrays, names, {name: mean_of(name) for name in arrays}).items()}
+
+
+def macro(columns: dict[str, list[float]], names: list[str], golds: list[str]) -> dict[str, dict[str, float]]:
+    """Means over the gold emotions of the means within each."""
+    rows = {emotion: np.array([gold == emotion for gold in golds], float) for emotion in set(golds)}
+
+    def macro_of(name: str) -> Statistic:
+        def statistic(columns: Columns, weights: np.ndarray) -> np.ndarray:
+            return np.nanmean(
+                [divide((weights * row) @ columns[name], weights @ row) for row in rows.values()], axis=0
+            )
+
+        return statistic
+
+    arrays = {name: np.array(values, float) for name, values in columns.items()}
+    return {name: told(m) for name, m in measure(arrays, names, {name: macro_of(name) for name in arrays}).items()}
+
+
+def compare_perplexity(pipeline: PegsPipeline, base: str, sessions: list[Session]) -> dict[str, dict[str, float]]:
+    """Perplexity of the System's text under PEGS and under the language model as it was, which sees no stickers."""
+    model = pipeline.model
+    collator = DataCollatorForPegs(pipeline.processor, model.config, None, 2048)
+    untouched = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    dialogues = [session_messages(session, pipeline.pack) for session in sessions]
+    figures = {}
+    for name, score, seen in (
+        ("pegs", model, dialogues),
+        ("untouched_smollm2", untouched, [text_only(messages) for messages in dialogues]),
+    ):
+        found = [text_loss(lambda batch, score=score: score(**batch).logits, collator, messages) for messages in seen]
+        columns = {"loss": np.array([loss for loss, _ in found]), "tokens": np.array([float(n) for _, n in found])}
+        names = [f"{session.session_id}/0" for session in sessions]
+        figures[name] = told(measure(columns, names, {"perplexity": perplexity})["perplexity"])
+    return figures
+
+
+def compare_timing(replies: dict[int, list[dict]], turns: list[dict], names: list[str]) -> dict:
+    """The share of turns with a sticker, by seed and over all, and how well the log-odds of one rank the turns that should have it."""
+    gold = np.array([turn["gold"] is not None for turn in turns], float)
+    sent = {seed: np.array([reply["sticker"] for reply in found], float) for seed, found in replies.items()}
+    columns = {"rate": np.mean(list(sent.values()), axis=0), "gold": gold, "gold_frequency": gold}
+    columns["sticker_logit"] = np.array([reply["logit"] for reply in next(iter(replies.values()))])
+    statistics = {"rate": mean_of("rate"), "gold": mean_of("gold"), "timing_ap": average_precision}
+    found = {name: told(metric) for name, metric in measure(columns, names, statistics).items()}
+    return {
+        "turns": len(turns),
+        "pegs": found["rate"] | {"seeds": [round(rate.mean(), 4) for rate in sent.values()]},
+        "gold": found["gold"],
+        "timing_ap": found["timing_ap"],
+    }
 
 
 def main() -> None:
-    """Print the figures and draw the sheets."""
+    """Print the figures and draw the sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--limit", type=int, default=0, help="only so many test sessions")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     quiet_libraries()
+    base = find_language_model(PegsConfig.from_pretrained(args.model).language_model)
     pipeline = load_pipeline(args.model)
-    model, processor, pack = pipeline.model, pipeline.processor, pipeline.pack
+    pack, seed = pipeline.pack, args.seeds[0]
     sessions = load_mini("test")[: args.limit or None]
-    dialogues = [session_messages(session, pack) for session in sessions]
-    collator = DataCollatorForPegs(processor, model.config, None, 2048)
     figures: dict = {"model": Path(args.model).name, "test_sessions": len(sessions)}
-
-    untouched = AutoModelForCausalLM.from_pretrained(
-        find_language_model(model.config.language_model), dtype=torch.float32
-    )
-    figures["perplexity"] = {
-        "pegs": round(perplexity(lambda b: model(**b).logits, collator, dialogues), 3),
-        "untouched_smollm2": round(
-            perplexity(lambda b: untouched(**b).logits, collator, [text_only(d) for d in dialogues]), 3
-        ),
-    }
+    figures["perplexity"] = compare_perplexity(pipeline, base, sessions)
 
     turns = system_turns(sessions, pack)
-    replies = generate(pipeline, turns, args.seed)
-    figures["sticker_rate"] = {
-        "turns": len(turns),
-        "gold": share([turn["gold"] is not None for turn in turns]),
-        "pegs": share([reply["sticker"] for reply in replies]),
-    }
+    replies = {s: generate(pipeline, turns, s) for s in args.seeds}
+    figures["sticker_rate"] = compare_timing(replies, turns, [turn["name"] for turn in turns])
 
-    with_sticker = [turn for turn in turns if turn["gold"] is not None]
-    forced = generate(pipeline, with_sticker, args.seed, sticker_bias=math.inf, do_sample=False)
+    asked = [turn for turn in turns if turn["gold"] is not None]
+    names, golds = [turn["name"] for turn in asked], [turn["gold"].emotion for turn in asked]
+    forced = generate(pipeline, asked, seed, sticker_bias=math.inf, do_sample=False)
     rows = {sticker_id: i for i, sticker_id in enumerate(pipeline.pack_ids)}
     databases = {d: [s.id for s in pack.database(d)] for d in {t["session"].database for t in turns}}
-    descriptions = embed_sentences([s.description for s in pack.stickers])
-    captions = embed_sentences([s.caption for s in pack.stickers])
-    messages = embed_sentences([turn["user"] for turn in with_sticker])
-    golds = [turn["gold"].emotion for turn in with_sticker]
-    hits: dict[str, list[bool]] = {"pegs": [], "minilm_message_to_description": [], "minilm_message_to_caption": []}
-    exact, chance = [], []
-    for turn, reply, message in zip(with_sticker, forced, messages, strict=True):
+    by_text = {
+        "minilm_message_to_description": embed_sentences([s.description for s in pack.stickers]),
+        "minilm_message_to_caption": embed_sentences([s.caption for s in pack.stickers]),
+    }
+    messages = embed_sentences([turn["user"] for turn in asked])
+    hits: dict[str, list[float]] = {name: [] for name in ("pegs", *by_text, "chance")}
+    found: dict[str, list[float]] = {name: [] for name in ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")}
+    for turn, reply, message in zip(asked, forced, messages, strict=True):
         ids = databases[turn["session"].database]
         index = torch.tensor([rows[i] for i in ids])
-        order = (pipeline.pack_embeds[index] @ reply["query"]).argsort(descending=True)
-        by_text = {
-            "minilm_message_to_description": ids[int((descriptions[index] @ message).argmax())],
-            "minilm_message_to_caption": ids[int((captions[index] @ message).argmax())],
-        }
-        hits["pegs"].append(pack.by_id[ids[int(order[0])]].emotion == turn["gold"].emotion)
-        for name, found in by_text.items():
-            hits[name].append(pack.by_id[found].emotion == turn["gold"].emotion)
-        exact.append(ids.index(turn["gold"].id) in order[:5].tolist())
-        counts = Counter(pack.by_id[i].emotion for i in ids)
-        chance.append(counts[turn["gold"].emotion] / len(ids))
-    figures["retrieved_emotion_accuracy"] = {
-        "turns": len(with_sticker),
-        **{name: share(values) for name, values in hits.items()},
-        "chance": round(sum(chance) / len(chance), 4),
-    }
-    figures["retrieved_emotion_macro_accuracy"] = {
-        **{name: macro(golds, values) for name, values in hits.items()},
-        "chance": round(
-            sum(sum(c for c, g in zip(chance, golds, strict=True) if g == e) / golds.count(e) for e in set(golds))
-            / len(set(golds)),
-            4,
-        ),
-    }
-    figures["retrieval_recall_at_5_of_database"] = {"pegs": share(exact), "chance": round(5 / 55.5, 4)}
+        order = (pipeline.pack_embeds[index] @ reply["query"]).argsort(descending=True).tolist()
+        chosen = {name: int((vectors[index] @ message).argmax()) for name, vectors in by_text.items()}
+        for name, row in {"pegs": order[0], **chosen}.items():
+            hits[name].append(pack.by_id[ids[row]].emotion == turn["gold"].emotion)
+        hits["chance"].append([pack.by_id[i].emotion for i in ids].count(turn["gold"].emotion) / len(ids))
+        rank = order.index(ids.index(turn["gold"].id))
+        found["mrr"].append(1 / (1 + rank))
+        for k in (1, 5, 10):
+            found[f"recall_at_{k}"].append(rank < k)
+    figures["gold_stickers"] = len(asked)
+    figures["retrieved_emotion_accuracy"] = means(hits, names)
+    figures["retrieved_emotion_macro_accuracy"] = macro(hits, names, golds)
+    chance = sum(1 / len(ids) for ids in databases.values()) / len(databases)
+    figures["retrieval_in_database"] = means(found, names) | {"chance_recall_at_1": round(chance, 4)}
 
-    judge, test = DrawingJudge.of(pipeline), pack.split("test")
+    judge, test = DrawingJudge.of(pipeline, pack), pack.split("test")
     verdicts = judge.name_emotions(judge.embed([pack.image(s.id) for s in test]))
-    figures["judge_accuracy_on_held_out_stickers"] = share(
-        [v == s.emotion for v, s in zip(verdicts, test, strict=True)]
-    )
+    right = [verdict == sticker.emotion for verdict, sticker in zip(verdicts, test, strict=True)]
+    figures["judge_accuracy_on_held_out_stickers"] = round(sum(right) / len(right), 4)
     drawn = []
     for start in range(0, len(forced), 16):
         chunk = torch.stack([reply["prompt_embeds"] for reply in forced[start : start + 16]])
-        generators = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(chunk))]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
         drawn += pipeline.decoder(prompt_embeds=chunk, generator=generators).images
     verdicts = judge.name_emotions(judge.embed(drawn))
-    drawn_hits = [verdict == gold for verdict, gold in zip(verdicts, golds, strict=True)]
-    train_share = Counter(judge.emotions)
-    figures["drawn_emotion_accuracy"] = {
-        "pegs": share(drawn_hits),
-        "chance": round(sum(train_share[gold] / len(judge.emotions) for gold in golds) / len(golds), 4),
+    drawn_hits: dict[str, list[float]] = {
+        "pegs": [verdict == gold for verdict, gold in zip(verdicts, golds, strict=True)],
+        "chance": [judge.emotions.count(gold) / len(judge.emotions) for gold in golds],
     }
-    figures["drawn_emotion_macro_accuracy"] = {"pegs": macro(golds, drawn_hits), "chance": round(1 / len(EMOTIONS), 4)}
+    figures["drawn_emotion_accuracy"] = means(drawn_hits, names)
+    figures["drawn_emotion_macro_accuracy"] = macro(drawn_hits, names, golds)
     assets = Path(args.model) / "assets"
     assets.mkdir(exist_ok=True)
-    draw_request_sheet(pipeline, args.seed).save(assets / "drawn_42.png", optimize=True)
+    draw_request_sheet(pipeline, seed).save(assets / "drawn_42.png", optimize=True)
     print(json.dumps(figures))
-    rng = random.Random(args.seed)
+    rng = random.Random(seed)
     with (assets / "replies.jsonl").open("w", encoding="utf-8") as file:
         for i in sorted(rng.sample(range(len(turns)), min(20, len(turns)))):
-            nearest = pipeline.retrieve(replies[i]["query"], top_k=1)[0].id if replies[i]["sticker"] else None
-            file.write(
-                json.dumps(
-                    {"user": turns[i]["user"], "reply": replies[i]["text"], "sticker": nearest}, ensure_ascii=False
-                )
-                + "\n"
-            )
+            reply = replies[seed][i]
+            nearest = pipeline.retrieve(reply["query"], top_k=1)[0].id if reply["sticker"] else None
+            row = {"user": turns[i]["user"], "reply": reply["text"], "sticker": nearest}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (Path(args.model) / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-    (Path(args.model) / "README.md").write_text(render_card("model_card", figures=figures), "utf-8")
+    drawing = json.loads((Path(args.model) / "drawing.json").read_text("utf-8"))
+    card = render_card("model_card", figures=figures, drawing=drawing)
+    (Path(args.model) / "README.md").write_text(card, "utf-8")
 
 
-def draw_request_sheet(pipeline, seed: int):
+def draw_request_sheet(pipeline: PegsPipeline, seed: int) -> Image.Image:
     """Six stickers an emotion, drawn by PEGS on request: the user describes a sticker of the pack, PEGS draws what it understood."""
     rng = random.Random(seed)
     chosen = [s for e in EMOTIONS for s in rng.sample([s for s in pipeline.pack.split("train") if s.emotion == e], 6)]

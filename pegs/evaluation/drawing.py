@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dataset_builders.schema import EMOTIONS, Sticker
+from dataset_builders.stickers.pack import StickerPack
 from pegs.assemble import embed_pictures
 from pipelines.pipeline_pegs import PegsPipeline
 
@@ -33,10 +34,11 @@ class DrawingJudge:
     emotions: list[str]
 
     @classmethod
-    def of(cls, pegs: PegsPipeline) -> "DrawingJudge":
-        """A judge that knows the training stickers of the pipeline's pack."""
-        train = pegs.pack.split("train")
-        return cls(pegs, embed_pictures(pegs.model, pegs.processor, pegs.pack, train), [s.emotion for s in train])
+    def of(cls, pegs: PegsPipeline, pack: StickerPack) -> "DrawingJudge":
+        """A judge that knows the training stickers of an annotated pack."""
+        train = pack.split("train")
+        vectors = embed_pictures(pegs.model, pegs.processor, pack, train)
+        return cls(pegs, vectors, [str(sticker.emotion) for sticker in train])
 
     def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Unit vectors `(N, e)` of pictures."""
