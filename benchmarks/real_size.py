@@ -65,7 +65,7 @@ def make_batch(config: PegsConfig, batch: int, length: int, device: str) -> dict
         "labels": labels.to(device),
         "pixel_values": torch.randn(batch * SEEN, 3, size, size, generator=generator).to(device, torch.bfloat16),
         "target_prompt_embeds": torch.randn(stickers, config.prompt_length, config.prompt_dim).to(device),
-        "retrieval_features": torch.randn(stickers, config.qformer_config.hidden_size).to(device, torch.bfloat16),
+        "retrieval_features": torch.randn(stickers, config.vision_config.hidden_size).to(device, torch.bfloat16),
         "retrieval_positives": torch.eye(stickers, dtype=torch.bool).to(device),
     }
 
