@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
-from pegs.training.decoder import DecoderUnetArguments, decoder_dataset
+from pegs.training.decoder import DecoderUnetArguments, decoder_dataset, take_over
 from pegs.training.loop import train_loop
 from pipelines.pipeline_sticker import StickerPipeline
 
@@ -30,7 +30,7 @@ class DecoderLcmArguments(DecoderUnetArguments):
 
     teacher: str = ""
     guidance_scale: float = 2.5
-    grid_steps: int = 50
+    grid_steps: int = 20
     num_inference_steps: int = 4
     huber_c: float = 0.001
 
@@ -115,6 +115,8 @@ def train_lcm(args: DecoderLcmArguments) -> None:
     dataset = decoder_dataset(args, pipeline.vae)
     teacher, student = pipeline.unet.requires_grad_(False), UNet2DConditionModel.from_config(pipeline.unet.config)
     student.load_state_dict(teacher.state_dict())
+    if args.init_from:
+        take_over(student, UNet2DConditionModel.from_pretrained(args.init_from))
     for unet in (teacher, student):
         unet.set_attn_processor(AttnProcessor())  # see train_unet
     average = EMAModel(student.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
