@@ -82,7 +82,9 @@ def evaluate_predict(
     ] = None,
     replies: Annotated[
         Path | None,
-        typer.Option(help="Predictions whose stickers --variant minilm or random choose anew, keeping the words."),
+        typer.Option(
+            help="Predictions whose words are kept: minilm and random choose other stickers, gen and rag draw them (of the same checkpoint)."
+        ),
     ] = None,
     name: Annotated[
         str, typer.Option(help="Name of the model in all tables.", show_default="pegs-VARIANT or baseline-VARIANT")
@@ -104,15 +106,17 @@ def evaluate_predict(
 
     if (variant in ("text", "tool")) != (baseline is not None):
         raise InputError("--baseline and one of --variant text and --variant tool go together.")
-    if (variant in ("minilm", "random")) != (replies is not None):
-        raise InputError("--replies and one of --variant minilm and --variant random go together.")
+    if variant in ("minilm", "random") and replies is None:
+        raise InputError(f"--variant {variant} needs --replies.")
+    if variant in ("text", "tool") and replies is not None:
+        raise InputError(f"--replies does not go with --variant {variant}.")
     chosen = read_split(sessions, split, limit)
     repeated = read_predictions(replies) if replies is not None else None
     from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline
 
     pack = load_pack(stickers)
     predictor: Predictor
-    if repeated is not None:
+    if repeated is not None and variant in ("minilm", "random"):
         from dataset_builders.stickers.encoder import TextEncoder
         from pegs.evaluation.baselines import StickerChooser
 
@@ -129,7 +133,7 @@ def evaluate_predict(
         predictor = BaselinePredictor(language_model, tokenizer, pack, name or f"baseline-{variant}", decoder, length)
     else:
         pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant)
-        predictor = PegsPredictor(pipeline, variant, name or f"pegs-{variant}")
+        predictor = PegsPredictor(pipeline, variant, name or f"pegs-{variant}", repeated)
     turns = list(system_turns(chosen, pack))
     with told("predicting", len(turns)) as on_row:
         run = run_predictions(predictor, turns, pack, out, seed, batch_size, on_row)

@@ -391,17 +391,29 @@ class PegsPredictor:
         pipeline ([`PegsPipeline`]): Model, pack and decoder.
         variant (`str`): `"ret"`, `"gen"` or `"rag"`.
         model (`str`): Name that the rows carry.
+        words ([`Predictions`], *optional*): Of the same checkpoint with another variant: words, timing and scores are theirs, and only stickers are made. Variants
+            of a checkpoint differ in nothing else.
         generate_kwargs: More arguments of `PegsModel.generate`.
 
     """
 
-    def __init__(self, pipeline: PegsPipeline, variant: str, model: str, **generate_kwargs: object) -> None:
+    def __init__(
+        self,
+        pipeline: PegsPipeline,
+        variant: str,
+        model: str,
+        words: Predictions | None = None,
+        **generate_kwargs: object,
+    ) -> None:
         self.pipeline, self.variant, self.model, self.generate_kwargs = pipeline, variant, model, generate_kwargs
+        self.words = words
         self.pack: StickerPack = pipeline.pack  # type: ignore[assignment]
         self.rows = {sticker_id: row for row, sticker_id in enumerate(pipeline.pack_ids)}
 
     def __call__(self, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
         """Answer a batch of turns; see [`Predictor`]."""
+        if self.words is not None:
+            return self._repeat(turns, seed)
         processor, model = self.pipeline.processor, self.pipeline.model
         inputs = processor.apply_chat_template(
             [turn.context for turn in turns], add_generation_prompt=True, tokenize=True, return_tensors="pt"
@@ -412,17 +424,54 @@ class PegsPredictor:
         new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
         replies = [Reply(processor.decode(ids, skip_special_tokens=True).strip()) for ids in new_ids]
         sending = output.sticker_mask.nonzero().flatten().tolist()
+        self._send(turns, replies, sending, output.sticker_queries, output.sticker_prompt_embeds, seed)
+        self._score_references(turns, replies)
+        return replies
+
+    @torch.no_grad()
+    def _repeat(self, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
+        """The words as they were, with stickers of this variant."""
+        assert self.words is not None
+        by_key = {row.key: row for row in self.words.rows}
+        keys = [f"{turn.session.session_id}/{turn.turn.turn}" for turn in turns]
+        if missing := [key for key in keys if key not in by_key]:
+            raise InputError(f"--replies {self.words.path}: has no turn {missing[0]}.")
+        rows = [by_key[key] for key in keys]
+        replies = [Reply(r.predicted.text, None, None, r.gold_rank, r.candidates, r.sticker_logit) for r in rows]
+        sending = [number for number, row in enumerate(rows) if row.predicted.sticker is not None]
+        if not sending:
+            return replies
+        model = self.pipeline.model
+        _, spans = self._after([turns[row] for row in sending], [replies[row].text for row in sending])
+        count, width = model.config.num_retrieval_tokens, model.config.prompt_dim
+        queries = torch.zeros(len(turns), model.config.retrieval_dim) if count else None
+        prompt_embeds = torch.zeros(len(turns), model.config.prompt_length, width)
+        if queries is not None:
+            queries[sending] = model.retrieval_head.embed_text(spans[:, :count]).float().cpu()
+        if self.variant != "ret":
+            prompt_embeds[sending] = model.feature_mapper(spans[:, count:]).float().cpu()
+        self._send(turns, replies, sending, queries, prompt_embeds, seed)
+        return replies
+
+    def _send(
+        self,
+        turns: Sequence[SystemTurn],
+        replies: Sequence[Reply],
+        sending: Sequence[int],
+        queries: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        seed: int,
+    ) -> None:
+        """Give the replies `sending` their stickers: drawn, or the nearest one of the session's database that was not sent before."""
         best = {}
-        if output.sticker_queries is not None:
+        if queries is not None:
             for row in sending:
-                best[row] = first_unsent(turns[row], self._ranked(turns[row].session, output.sticker_queries[row]))
+                best[row] = first_unsent(turns[row], self._ranked(turns[row].session, queries[row]))
         if self.variant != "ret" and sending:
-            self._draw(turns, replies, sending, output.sticker_prompt_embeds, best, seed)
+            self._draw(turns, replies, sending, prompt_embeds, best, seed)
         for row in sending:
             if replies[row].drawn is None and row in best:
                 replies[row].sticker_id = best[row]
-        self._score_references(turns, replies)
-        return replies
 
     def _ranked(self, session: Session, query: torch.Tensor) -> list[str]:
         ids = candidates_of(session, self.pack)
@@ -435,11 +484,12 @@ class PegsPredictor:
         turns: Sequence[SystemTurn],
         replies: Sequence[Reply],
         sending: Sequence[int],
-        prompt_embeds: torch.Tensor,
+        prompt_embeds: torch.Tensor | None,
         best: dict[int, str],
         seed: int,
     ) -> None:
         """Draw the stickers of a batch; one that the safety check blocks is left out."""
+        assert prompt_embeds is not None
         drawn = self.pipeline.decoder(
             prompt_embeds=prompt_embeds[sending],
             init_image=[self.pack.image(best[row]) for row in sending] if self.variant == "rag" else None,
@@ -451,9 +501,21 @@ class PegsPredictor:
     @torch.no_grad()
     def _score_references(self, turns: Sequence[SystemTurn], replies: Sequence[Reply]) -> None:
         """After the reference's text: would a sticker follow, and where does the gold one rank? One forward pass, no sampling."""
+        model = self.pipeline.model
+        odds, spans = self._after(turns, [turn.turn.system.text for turn in turns])
+        for row, (turn, reply) in enumerate(zip(turns, replies, strict=True)):
+            reply.sticker_logit = odds[row]
+            sticker = turn.turn.system.sticker
+            if sticker is None or model.retrieval_head is None:
+                continue
+            query = model.retrieval_head.embed_text(spans[row : row + 1, : model.config.num_retrieval_tokens])[0]
+            reply.score_reference(self._ranked(turn.session, query.float()), sticker.id)
+
+    def _after(self, turns: Sequence[SystemTurn], said: Sequence[str]) -> tuple[list[float], torch.Tensor]:
+        """After each turn's context and these words: log-odds of a sticker, and the [IMG] span's hidden states `(B, r, d)`."""
         processor, model = self.pipeline.processor, self.pipeline.model
-        gold = [{"role": "assistant", "content": [{"type": "text", "text": turn.turn.system.text}]} for turn in turns]
-        dialogues = [[*turn.context, message] for turn, message in zip(turns, gold, strict=True)]
+        last = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in said]
+        dialogues = [[*turn.context, message] for turn, message in zip(turns, last, strict=True)]
         texts = [
             text.rpartition(processor.tokenizer.eos_token)[0] for text in processor.apply_chat_template(dialogues)
         ]
@@ -466,11 +528,4 @@ class PegsPredictor:
         logits = output.logits[:, -1].float()
         ends = logits[:, eos if isinstance(eos, list) else [eos]].logsumexp(-1)
         odds = (logits[:, model.config.img_token_ids[0]] - ends).tolist()
-        spans = model.compute_img_span(inputs["attention_mask"], output.past_key_values)
-        for row, (turn, reply) in enumerate(zip(turns, replies, strict=True)):
-            reply.sticker_logit = odds[row]
-            sticker = turn.turn.system.sticker
-            if sticker is None or model.retrieval_head is None:
-                continue
-            query = model.retrieval_head.embed_text(spans[row : row + 1, : model.config.num_retrieval_tokens])[0]
-            reply.score_reference(self._ranked(turn.session, query.float()), sticker.id)
+        return odds, model.compute_img_span(inputs["attention_mask"], output.past_key_values)

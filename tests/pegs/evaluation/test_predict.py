@@ -8,6 +8,7 @@ import torch
 from pegs.errors import InputError
 from pegs.evaluation.predict import (
     PegsPredictor,
+    Predictions,
     Reply,
     read_all,
     read_predictions,
@@ -153,6 +154,22 @@ def test_pegs_retrieves_in_the_sessions_database_and_repeats_itself(predictor, t
 def test_pegs_draws(predictor, turns, variant):
     replies = predictor(variant, torch.inf)(turns[:2], 5)
     assert all(reply.drawn is not None and reply.sticker_id is None for reply in replies)
+
+
+def test_another_variant_keeps_words_timing_and_scores(predictor, turns, tmp_path):
+    ret, gen = predictor("ret", 0.0), predictor("gen", 0.0)
+    words = run_predictions(ret, turns, PACK, tmp_path / "ret.jsonl", batch_size=3)
+    sent = [row.predicted.sticker is not None for row in words.rows]
+    assert any(sent) and not all(sent)
+    gen.words = words
+    run = run_predictions(gen, turns, PACK, tmp_path / "gen.jsonl", batch_size=3)
+    kept = ("gold_rank", "candidates", "sticker_logit")
+    assert [[getattr(row, name) for name in kept] for row in run.rows] == [[getattr(row, name) for name in kept] for row in words.rows]  # fmt: skip
+    assert [row.predicted.text for row in run.rows] == [row.predicted.text for row in words.rows]
+    assert [bool(row.predicted.sticker and row.predicted.sticker.picture) for row in run.rows] == sent
+    gen.words = Predictions(words.path, words.rows[:2])
+    with pytest.raises(InputError, match=r"--replies .*ret.jsonl: has no turn one/3"):
+        gen(turns[:3], 0)
 
 
 def test_scores_after_the_reference_do_not_depend_on_the_batch(predictor, turns):
