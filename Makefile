@@ -74,7 +74,7 @@ reproduce: setup wordnet  ## PEGS against the baselines at the mini scale, from 
 	  test -f outputs/mini/baseline_$$name/done || { $(CPU) configs/mini/baseline_$$name.yaml && touch outputs/mini/baseline_$$name/done; } || exit 1; \
 	done
 	for model in $(MODELS); do \
-	  case $$model in baseline-*) from="--baseline outputs/mini/baseline_$${model#*-}";; *) from=;; esac; \
+	  case $$model in baseline-*) from="--baseline outputs/mini/baseline_$${model#*-}";; pegs-ret) from=;; *) from="--replies $(MADE)/predictions/pegs-ret.jsonl";; esac; \
 	  $(BIN)/pegs evaluate predict --variant $${model#*-} $$from --out $(MADE)/predictions/$$model.jsonl || exit 1; \
 	done
 	for by in $(CHOOSERS); do \

@@ -25,6 +25,9 @@ class PegsConfig(PreTrainedConfig):
         language_model (`dict`, *optional*):
             Where the frozen language model is found when it is not part of the checkpoint: `hub_id`, and for weights that a
             Python package carries `package` and `gguf_file`. `None` means that the checkpoint holds the language model itself.
+        vision_source (`dict`, *optional*):
+            Where frozen parts of perception are found when they are not part of the checkpoint: `hub_id` (a folder or Hub id of a BLIP-2, CLIP or SigLIP
+            checkpoint) and `parts`, some of `vision_model`, `qformer` and `query_tokens`. `None` means that the checkpoint holds them all.
 
     > Parameters that control perception
 
@@ -90,6 +93,7 @@ class PegsConfig(PreTrainedConfig):
         vision_config: dict | PreTrainedConfig | None = None,
         qformer_config: dict | Blip2QFormerConfig | None = None,
         language_model: dict | None = None,
+        vision_source: dict | None = None,
         num_query_tokens: int = 32,
         variant: str = "rag",
         num_retrieval_tokens: int = 32,
@@ -123,6 +127,7 @@ class PegsConfig(PreTrainedConfig):
             )
         self.text_config, self.vision_config, self.qformer_config = text_config, vision_config, qformer_config
         self.language_model = language_model
+        self.vision_source = vision_source
         self.num_query_tokens = num_query_tokens
         self.num_retrieval_tokens = num_retrieval_tokens
         self.num_generation_tokens = num_generation_tokens

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.import_utils import torch_compilable_check
 
-from .backbones import find_language_model
+from .backbones import find_language_model, find_vision_model, load_vision
 from .configuration_pegs import PegsConfig
 from .feature_mapper import FeatureMapper
 from .generation_pegs import PegsGenerationMixin
@@ -193,15 +193,17 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         pretrained_model_name_or_path: str | os.PathLike,
         *args,
         language_model_path: str | None = None,
+        vision_model_path: str | None = None,
         quantization_config: object = None,
         **kwargs,
     ) -> "PegsModel":
         """
-        Load a checkpoint, and the language model that it refers to. Only safetensors files are opened.
+        Load a checkpoint, and the language and vision models that it refers to. Only safetensors files are opened.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
             language_model_path (`str`, *optional*): Folder of the language model; see [`find_language_model`] for the other ways.
+            vision_model_path (`str`, *optional*): Folder of the vision checkpoint; see [`find_vision_model`] for the other way.
             quantization_config (`QuantizationConfigMixin`, *optional*): For the referenced language model, e.g. a `BitsAndBytesConfig`; all
                 else keeps its precision.
             *args: As for `PreTrainedModel.from_pretrained`.
@@ -211,7 +213,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             `PegsModel`: In evaluation mode.
 
         Raises:
-            FileNotFoundError: If the referenced language model is nowhere.
+            FileNotFoundError: If the referenced language or vision model is nowhere.
             ValueError: If there are no safetensors files, or a tensor is missing or has another shape than the configuration says;
                 or if there is no referenced language model to quantise.
 
@@ -228,8 +230,11 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         )
         for name, found, expected in sorted(loading["mismatched_keys"]):
             raise ValueError(_mismatch(pretrained_model_name_or_path, name, found, expected))
-        for name in sorted(loading["missing_keys"]):
+        referenced = model.referenced_parts()
+        for name in sorted(name for name in loading["missing_keys"] if name.partition(".")[0] not in referenced):
             raise ValueError(f"{pretrained_model_name_or_path}: the tensor {name} is missing.")
+        if referenced:
+            load_vision(model, find_vision_model(model.config.vision_source, vision_model_path), referenced)
         if model.config.language_model is not None:
             folder = find_language_model(model.config.language_model, language_model_path)
             _refuse_pickles(folder, "*.safetensors")
@@ -251,6 +256,10 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         model.eval()
         return (model, loading) if info else model
 
+    def referenced_parts(self) -> list[str]:
+        """Parts of perception that are no part of the checkpoint; see `config.vision_source`."""
+        return (self.config.vision_source or {}).get("parts", [])
+
     def merge(self) -> "PegsModel":
         """
         Fold LoRA into the language model and make that part of the checkpoint; generation is faster, too.
@@ -266,7 +275,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
         """
-        Save the checkpoint; a referenced language model is left out, its LoRA adapter goes into `adapter/` in PEFT's format.
+        Save the checkpoint; referenced language and vision models are left out, the LoRA adapter goes into `adapter/` in PEFT's format.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder.
@@ -276,10 +285,11 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         """
         # `custom_object_save` adds the other auto classes, and knows of one only for a model
         self.config.auto_map = {"AutoModelForImageTextToText": f"{type(self).__module__.split('.')[-1]}.PegsModel"}
-        if self.config.language_model is None:
-            return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        left_out = self.referenced_parts()
+        if self.config.language_model is not None:
+            left_out = [*left_out, "language_model"]
         state_dict = self.state_dict() if state_dict is None else state_dict
-        if isinstance(self.language_model, PeftModel):
+        if isinstance(self.language_model, PeftModel) and "language_model" in left_out:
             prefix = "language_model."
             language_state = {
                 key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
@@ -289,8 +299,10 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             self.language_model.save_pretrained(
                 Path(save_directory) / ADAPTER_FOLDER, state_dict=language_state, save_embedding_layers=False
             )
-        own = {key: value for key, value in state_dict.items() if not key.startswith("language_model.")}
-        language_model, self.language_model = self.language_model, None
+        own = {key: value for key, value in state_dict.items() if key.partition(".")[0] not in left_out}
+        language_model = self.language_model
+        if "language_model" in left_out:
+            self.language_model = None
         try:
             return super().save_pretrained(save_directory, state_dict=own, **kwargs)
         finally:

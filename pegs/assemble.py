@@ -151,6 +151,7 @@ def load_pipeline(
         raise InputError(f"--model {model}: {' '.join(str(error).split())}") from error
     if not isinstance(pegs, PegsModel):
         raise InputError(f"--model {model}: holds a {type(pegs).__name__}, not a PegsModel.")
+    pegs.merge()
     decoder = None
     if variant != "ret" and (folder / "model_index.json").is_file():
         decoder = StickerPipeline.from_pretrained(folder, dtype=torch.float32)

@@ -1,12 +1,9 @@
 """Fresh PEGS models and processors from a model's YAML file."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BlipImageProcessorPil
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
@@ -16,7 +13,7 @@ from transformers.image_utils import (
 )
 
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
-from modeling_pegs.backbones import find_language_model
+from modeling_pegs.backbones import find_language_model, find_vision_model, load_vision
 
 
 def build_model(path: str, vision_from: str = "") -> PegsModel:
@@ -26,7 +23,7 @@ def build_model(path: str, vision_from: str = "") -> PegsModel:
     Args:
         path (`str`): YAML file with the arguments of [`PegsConfig`]; `language_model` is required.
         vision_from (`str`, *optional*): Folder or Hub id of the BLIP-2, CLIP or SigLIP checkpoint whose vision tower, and Q-Former if it has one,
-            the model takes over.
+            the model takes over, and refers to as long as they stay frozen.
 
     Returns:
         `PegsModel`: With the language model attached.
@@ -39,49 +36,9 @@ def build_model(path: str, vision_from: str = "") -> PegsModel:
     model = PegsModel(PegsConfig(text_config=text_config, first_new_token_id=first_new_token_id, **values))
     model.attach_language_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     if vision_from:
-        load_vision(model, vision_from)
+        model.config.vision_source = {"hub_id": vision_from}
+        model.config.vision_source["parts"] = load_vision(model, find_vision_model(model.config.vision_source))
     return model
-
-
-def load_vision(model: PegsModel, source: str) -> None:
-    """
-    Take over a checkpoint's vision tower, and its Q-Former and queries if it has them.
-
-    Args:
-        model ([`PegsModel`]): Changed in place.
-        source (`str`): Folder or Hub id of a BLIP-2, CLIP or SigLIP checkpoint in safetensors.
-
-    Raises:
-        ValueError: If the checkpoint lacks a tensor of the vision tower, or has one of another shape.
-
-    """
-    folder = (
-        Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
-    )
-    found = dict(_read_vision(folder))
-    parts = ["vision_model", "qformer"] if any(name.startswith("qformer.") for name in found) else ["vision_model"]
-    for part in parts:
-        expected = getattr(model, part).state_dict()
-        tensors = {name.removeprefix(f"{part}."): tensor for name, tensor in found.items() if name.startswith(part)}
-        nested = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
-        for name, tensor in expected.items():
-            value = tensors.get(name, nested.get(name))
-            if value is None or value.shape != tensor.shape:
-                shape = "is missing" if value is None else f"has the shape {tuple(value.shape)}"
-                raise ValueError(f"{source}: {part}.{name} {shape}, the configuration asks for {tuple(tensor.shape)}.")
-            tensor.copy_(value)
-    if "query_tokens" in found:
-        model.query_tokens.data.copy_(found["query_tokens"])
-
-
-def _read_vision(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a folder's safetensors files hold of vision tower, Q-Former and queries."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():
-                name = key.removeprefix("model.")
-                if name.startswith(("vision_model.", "qformer.")) or name == "query_tokens":
-                    yield name, file.get_tensor(key)
 
 
 def build_processor(config: PegsConfig, chat_template_file: str) -> PegsProcessor:

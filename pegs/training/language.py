@@ -376,6 +376,7 @@ def train_language(args: LanguageArguments) -> None:
     set_seed(args.seed)
     model, processor = load_model(args)
     freeze_except(model, args.trainable)
+    keep_what_learns(model)
     if args.packed and model.causal_lm.config._attn_implementation == "sdpa":
         model.causal_lm.set_attn_implementation("dialogues")
     pack = None if args.pairs else load_pack(args.stickers)
@@ -417,6 +418,14 @@ def train_language(args: LanguageArguments) -> None:
     if trainer.is_world_process_zero():
         model.save_pretrained(args.output_dir, state_dict=state_dict)
         processor.save_pretrained(args.output_dir)
+
+
+def keep_what_learns(model: PegsModel) -> None:
+    """Parts of perception that learn become part of the checkpoint, which else refers to where they came from."""
+    if model.config.vision_source:
+        learning = {name.partition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        frozen = [part for part in model.referenced_parts() if part not in learning]
+        model.config.vision_source = {**model.config.vision_source, "parts": frozen} if frozen else None
 
 
 def learns_retrieval(model: PegsModel) -> bool:

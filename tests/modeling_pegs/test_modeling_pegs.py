@@ -301,6 +301,24 @@ def test_device_map_and_quantisation_reach_the_language_model(referring, monkeyp
         PegsModel.from_pretrained(referring / "merged", quantization_config=config)
 
 
+def test_frozen_perception_is_referred_to_and_not_copied(tmp_path, monkeypatch):
+    whole = tiny.make_tiny_model()
+    whole.save_pretrained(tmp_path / "source")
+    model = tiny.make_tiny_model(vision_source={"hub_id": "nobody/nothing", "parts": ["vision_model", "query_tokens"]})
+    model.save_pretrained(tmp_path / "pegs")
+    held = {name.partition(".")[0] for name in load_file(tmp_path / "pegs" / "model.safetensors")}
+    assert {"qformer", "language_model"} <= held and not held & {"vision_model", "query_tokens"}
+    with pytest.raises(
+        FileNotFoundError, match=r"vision model nobody/nothing was not found; pass `vision_model_path=`"
+    ):
+        PegsModel.from_pretrained(tmp_path / "pegs")
+    monkeypatch.setenv("PEGS_VISION_MODEL", str(tmp_path / "source"))
+    again = PegsModel.from_pretrained(tmp_path / "pegs")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"pegs/adapter has no safetensors files"):
+        PegsModel.from_pretrained(tmp_path / "pegs", vision_model_path=tmp_path / "pegs" / "adapter")
+
+
 def test_quantising_needs_what_transformers_needs(referring):
     if is_bitsandbytes_available():
         pytest.skip("bitsandbytes is there")

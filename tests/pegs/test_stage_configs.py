@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors import safe_open
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -24,7 +25,8 @@ from transformers import (
 from dataset_builders.schema import Generator, Message, Profile, Session, Sticker, StickerUse, Turn
 from dataset_builders.stickers.pack import PackInfo, StickerPack
 from modeling_pegs import PegsConfig, PegsModel
-from pegs.training.build import build_model, load_vision
+from modeling_pegs.backbones import load_vision
+from pegs.training.build import build_model
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.language import LanguageArguments
 from pegs.training.stages import ConfigError, build_arguments, load_config, main
@@ -162,7 +164,10 @@ def test_every_stage_of_the_paper_trains_what_it_says_and_starts_from_the_last(w
         if before is None:
             before = PegsModel.from_pretrained(world / Path(values["init_from"]).name)
         else:
-            load_vision(before, str(world / "blip2"))
+            load_vision(before, world / "blip2")
+        with safe_open(world / name / "model.safetensors", "pt") as file:
+            held = {key.partition(".")[0] for key in file.keys()}
+        assert not held & {"language_model", "vision_model", "qformer", "query_tokens"}, f"{name}: {held}"
         trained = values["trainable"]
         old = dict(before.named_parameters())
         changed = {key for key, p in after.named_parameters() if not torch.equal(p, old[key])}
@@ -230,13 +235,13 @@ def test_a_siglip_tower_is_taken_over_and_a_wrong_one_is_named(tmp_path, world):
     siglip = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
     siglip.save_pretrained(tmp_path)
     model = tiny.make_tiny_model(vision_config=vision)
-    load_vision(model, str(tmp_path))
+    load_vision(model, tmp_path)
     pixels = torch.randn(2, 3, 28, 28)
     expected = siglip.vision_model.eval()(pixels).last_hidden_state
     torch.testing.assert_close(model.encode_images(pixels).last_hidden_state, expected)
     wide = tiny.make_tiny_model(vision_config={**vision, "intermediate_size": 48})
     with pytest.raises(ValueError, match=r"vision_model\..* has the shape \(.*\), the configuration asks for"):
-        load_vision(wide, str(tmp_path))
+        load_vision(wide, tmp_path)
 
 
 def test_vicunas_format_marks_what_the_assistant_says():
