@@ -1,14 +1,16 @@
-"""Frozen language models that a checkpoint refers to instead of copying: found as a folder, in a Python package, or on the Hub."""
+"""Frozen language and vision models that a checkpoint refers to instead of copying: found as a folder, in a Python package, or on the Hub."""
 
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -56,6 +58,77 @@ def find_language_model(reference: dict, path: str | os.PathLike | None = None) 
         ) from error
 
 
+def find_vision_model(reference: dict, path: str | os.PathLike | None = None) -> Path:
+    """
+    Find the folder of a referenced vision checkpoint: explicit path, or Hub.
+
+    Args:
+        reference (`dict`): `hub_id`, a folder or Hub id.
+        path (`str` or `os.PathLike`, *optional*): Explicit folder; defaults to the environment variable `PEGS_VISION_MODEL`.
+
+    Returns:
+        `Path`: A folder with safetensors files.
+
+    Raises:
+        FileNotFoundError: If neither has it; the message names the ways.
+
+    """
+    path = path or os.environ.get("PEGS_VISION_MODEL")
+    if path or Path(reference["hub_id"]).is_dir():
+        folder = Path(path or reference["hub_id"])
+        if not any(folder.glob("*.safetensors")):
+            raise FileNotFoundError(f"The vision model folder {folder} has no safetensors files.")
+        return folder
+    try:
+        return Path(snapshot_download(reference["hub_id"], allow_patterns=["*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise FileNotFoundError(
+            f"The vision model {reference['hub_id']} was not found; pass `vision_model_path=` (or set PEGS_VISION_MODEL) to its folder; "
+            "or let the Hub be reached to download it."
+        ) from error
+
+
+@torch.no_grad()
+def load_vision(model: torch.nn.Module, folder: Path, parts: Sequence[str] = ()) -> list[str]:
+    """
+    Take over parts of another checkpoint's perception.
+
+    Args:
+        model (`PegsModel`): Changed in place.
+        folder (`Path`): A BLIP-2, CLIP or SigLIP checkpoint in safetensors.
+        parts (`Sequence[str]`, *optional*): Which; if not given, the vision tower, and the Q-Former and its queries where the checkpoint has them.
+
+    Returns:
+        `list[str]`: The parts taken over.
+
+    Raises:
+        ValueError: If the checkpoint lacks a tensor of the vision tower, or has one of another shape.
+
+    """
+    found = dict(_read_vision(folder))
+    own = model.state_dict()
+    parts = list(parts) or ["vision_model", *sorted({name.partition(".")[0] for name in found} - {"vision_model"})]
+    for part in parts:
+        for name, tensor in own.items():
+            if name.partition(".")[0] == part:
+                value = found.get(name, found.get(f"{part}.{name}"))  # CLIP and SigLIP may name the tower twice
+                if value is None or value.shape != tensor.shape:
+                    shape = "is missing" if value is None else f"has the shape {tuple(value.shape)}"
+                    raise ValueError(f"{folder}: {name} {shape}, the configuration asks for {tuple(tensor.shape)}.")
+                tensor.copy_(value)
+    return parts
+
+
+def _read_vision(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a folder's safetensors files hold of vision tower, Q-Former and queries."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                name = key.removeprefix("model.")
+                if name.startswith(("vision_model.", "qformer.")) or name == "query_tokens":
+                    yield name, file.get_tensor(key)
+
+
 def convert_gguf(gguf: Path) -> Path:
     """
     Dequantise a GGUF file once into a bf16 safetensors folder under `$HF_HOME/stickerconv`; later calls return that folder.
@@ -85,4 +158,4 @@ def convert_gguf(gguf: Path) -> Path:
     return folder
 
 
-__all__ = ["convert_gguf", "find_language_model"]
+__all__ = ["convert_gguf", "find_language_model", "find_vision_model", "load_vision"]

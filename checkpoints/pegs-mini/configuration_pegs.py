@@ -17,13 +17,17 @@ class PegsConfig(PreTrainedConfig):
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the causal language model; defaults to Llama's.
-        vision_config (`dict` or `Blip2VisionConfig`, *optional*):
-            Configuration of the vision encoder (paper: EVA-CLIP ViT-g/14).
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the vision encoder (paper: BLIP-2's EVA-CLIP ViT-g/14); of another one if the dict's `model_type` says so, e.g.
+            `clip_vision_model`, `siglip_vision_model` or `siglip2_vision_model`.
         qformer_config (`dict` or `Blip2QFormerConfig`, *optional*):
             Configuration of the Q-Former.
         language_model (`dict`, *optional*):
             Where the frozen language model is found when it is not part of the checkpoint: `hub_id`, and for weights that a
             Python package carries `package` and `gguf_file`. `None` means that the checkpoint holds the language model itself.
+        vision_source (`dict`, *optional*):
+            Where frozen parts of perception are found when they are not part of the checkpoint: `hub_id` (a folder or Hub id of a BLIP-2, CLIP or SigLIP
+            checkpoint) and `parts`, some of `vision_model`, `qformer` and `query_tokens`. `None` means that the checkpoint holds them all.
 
     > Parameters that control perception
 
@@ -81,14 +85,15 @@ class PegsConfig(PreTrainedConfig):
     """
 
     model_type = "pegs"
-    sub_configs = {"text_config": AutoConfig, "vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "qformer_config": Blip2QFormerConfig}
 
     def __init__(
         self,
         text_config: dict | PreTrainedConfig | None = None,
-        vision_config: dict | Blip2VisionConfig | None = None,
+        vision_config: dict | PreTrainedConfig | None = None,
         qformer_config: dict | Blip2QFormerConfig | None = None,
         language_model: dict | None = None,
+        vision_source: dict | None = None,
         num_query_tokens: int = 32,
         variant: str = "rag",
         num_retrieval_tokens: int = 32,
@@ -114,13 +119,15 @@ class PegsConfig(PreTrainedConfig):
         if isinstance(text_config, dict):
             text_config = CONFIG_MAPPING[text_config.get("model_type", "llama")](**text_config)
         if not isinstance(vision_config, PreTrainedConfig):
-            vision_config = Blip2VisionConfig(**(vision_config or {}))
+            vision_config = {"model_type": Blip2VisionConfig.model_type, **(vision_config or {})}
+            vision_config = CONFIG_MAPPING[vision_config["model_type"]](**vision_config)
         if not isinstance(qformer_config, PreTrainedConfig):
             qformer_config = Blip2QFormerConfig(
                 **{"encoder_hidden_size": vision_config.hidden_size, **(qformer_config or {})}
             )
         self.text_config, self.vision_config, self.qformer_config = text_config, vision_config, qformer_config
         self.language_model = language_model
+        self.vision_source = vision_source
         self.num_query_tokens = num_query_tokens
         self.num_retrieval_tokens = num_retrieval_tokens
         self.num_generation_tokens = num_generation_tokens

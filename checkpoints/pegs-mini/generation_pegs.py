@@ -1,26 +1,31 @@
 """Generation of text and, in one pass once `[IMG1]` is chosen, of the whole [IMG] span."""
 
-import math
+import hashlib
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import softplus
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 
 @dataclass
 class PegsGenerateOutput(ModelOutput):
     """
-    Output of [`PegsModel.generate`].
+    Output of [`PegsModel.generate`]; `B` counts the returned sequences.
 
     Args:
         sequences (`torch.Tensor` of shape `(B, T)`): Prompt, reply, and a whole [IMG] span or none.
         sticker_mask (`torch.Tensor` of shape `(B,)`, bool): Whether the reply has a sticker.
         sticker_queries (`torch.Tensor` of shape `(B, e)`, *optional*): Unit vectors to retrieve with; zero without a sticker.
         sticker_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): The image decoder's condition; zero without a sticker.
-        sticker_logit (`torch.Tensor` of shape `(B,)`): Log-odds of `[IMG1]` against the end of the reply where the text ended, without bias;
-            NaN for a reply that was cut.
+        sticker_logit (`torch.Tensor` of shape `(B,)`): The model's own log-odds of `[IMG1]` against the end of the reply where the text ended, before
+            any processor or shift; NaN for a reply that was cut.
+        past_key_values (`Cache`, *optional*): Cache to pass to the next turn of the conversation; `None` after beam search.
 
     """
 
@@ -29,47 +34,163 @@ class PegsGenerateOutput(ModelOutput):
     sticker_queries: torch.Tensor | None = None
     sticker_prompt_embeds: torch.Tensor | None = None
     sticker_logit: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+@runtime_checkable
+class StickerStreamer(Protocol):
+    """A streamer that also wants the sticker: after the text's `end()`, `on_sticker` is called once if the reply has one."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt's ids, then each new token of the text."""
+
+    def end(self) -> None:
+        """Take notice that the text is over."""
+
+    def on_sticker(self, output: PegsGenerateOutput) -> None:
+        """Take the finished output, whose `sticker_queries` and `sticker_prompt_embeds` belong to the sticker."""
+
+
+class PegsCache(DynamicCache):
+    """
+    The language model's cache, with what it holds, so that a conversation's next turn reuses exactly what still applies.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of the language model.
+
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.token_ids: torch.Tensor | None = None  # (B, T), as `identify_tokens` gives them
+
+    def keep_prefix(self, token_ids: torch.Tensor) -> None:
+        """Drop everything behind the columns that agree with `token_ids` `(B, T)` in all rows; one column is always left to compute."""
+        length, common = self.get_seq_length(), 0
+        if self.token_ids is not None and len(self.token_ids) == len(token_ids):
+            width = min(length, self.token_ids.shape[1], token_ids.shape[1] - 1)
+            agree = (self.token_ids[:, :width] == token_ids[:, :width]).all(dim=0)
+            common = int(agree.long().cumprod(dim=0).sum())
+        is_image = token_ids < -1
+        while common and bool((is_image[:, common - 1] & is_image[:, common]).any()):
+            common -= 1  # no picture is half in the cache
+        self.token_ids = token_ids[:, :common]
+        if common == length:
+            return
+        try:
+            self.crop(common - length)
+        except RuntimeError:  # a sliding window has already forgotten what came before
+            self.reset()
+            self.token_ids = None
+
+
+def identify_tokens(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None, image_token_id: int
+) -> torch.Tensor:
+    """
+    Ids `(B, T)` in which masked tokens are -1 and each placeholder is a fingerprint, below -1, of its picture.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, T)`): Prompts.
+        attention_mask (`torch.Tensor` of shape `(B, T)`): 1 where a token counts.
+        pixel_values (`torch.Tensor` of shape `(N, 3, height, width)`, *optional*): Perceived stickers, in order.
+        image_token_id (`int`): Id of `<IMG>`.
+
+    """
+    ids = input_ids.masked_fill(attention_mask == 0, -1)
+    if pixel_values is not None:
+        prints = [hashlib.blake2b(p.float().cpu().numpy().tobytes(), digest_size=7).digest() for p in pixel_values]
+        values = torch.tensor([-2 - int.from_bytes(p) for p in prints], device=ids.device)
+        placeholders = ids == image_token_id
+        ids[placeholders] = values.repeat_interleave(int(placeholders.sum()) // len(values))
+    return ids
+
+
+def find_sticker_bias(rate: float, logits: torch.Tensor, sampled: bool) -> float:
+    """
+    Shift `b` of the log-odds for which a share `rate` of replies gets a sticker.
+
+    When replies are sampled, so is the sticker, with the probability `sigmoid(logit + b)`, whose mean is then `rate`; otherwise it comes where
+    `logit + b > 0`, so `-b` is a quantile.
+
+    Args:
+        rate (`float`): In `[0, 1]`; the ends mean never and always.
+        logits (`torch.Tensor` of shape `(n,)`): Evenly spaced quantiles of the `sticker_logit` of typical replies, ascending.
+        sampled (`bool`): Whether the sticker is drawn.
+
+    Returns:
+        `float`.
+
+    """
+    if rate in (0, 1):
+        return torch.inf if rate else -torch.inf
+    logits = logits.double()
+    if not sampled:
+        place = ((1 - rate) * len(logits) - 0.5) / (len(logits) - 1)  # value i is the quantile (i + 0.5) / n
+        return -torch.quantile(logits, min(max(place, 0.0), 1.0)).item()
+    low, high = -200.0, 200.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if torch.sigmoid(logits + middle).mean() < rate:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def draw_thresholds(count: int, bias: float, sampled: bool) -> torch.Tensor:
+    """
+    Log-odds `(count,)` above which each reply gets a sticker.
+
+    Sampled ones are logistic, so that a sticker comes with the probability `sigmoid(logit + bias)`; one uniform number is drawn from each of
+    `count` equal strata, in random order, so that a batch is nearer to its expected rate than independent draws are.
+    """
+    thresholds = torch.full((count,), -bias)
+    if sampled:
+        uniform = (torch.randperm(count) + torch.rand(count)) / count
+        thresholds += uniform.logit(eps=1e-6)
+    return thresholds
 
 
 class StickerLogitsProcessor(LogitsProcessor):
     """
-    Lets `[IMG1]` alone of the added tokens be chosen, not before there is text, and shifts its odds against the end of the reply.
+    Lets a reply end, with a sticker or without, and notes which of the two the model would rather have.
 
-    What is shifted between the two is the probability that the text is over, so the shift changes how often there is a sticker and never what is said.
+    What the model gives `[IMG1]` is added to the end of the reply, in equal parts to all ends' probabilities, and the added tokens are forbidden: whether
+    a text is over stays as likely as the model has it, and whether a sticker follows is decided afterwards from what was noted. So neither the rate nor
+    what shapes the text (temperature, top-p, beams, penalties) has a say in the other. There is no end before there is text.
 
     Args:
-        added_ids (`list[int]`): Ids of all added tokens.
         img1_id (`int`): Id of `[IMG1]`.
         stop_ids (`list[int]`): Ids that end a reply.
+        first_added_id (`int`): Id of the first added token.
         prompt_length (`int`): Length of the prompt.
-        bias (`float`): Added to the log-odds of `[IMG1]`.
 
     """
 
-    def __init__(
-        self, added_ids: list[int], img1_id: int, stop_ids: list[int], prompt_length: int, bias: float
-    ) -> None:
-        self.forbidden = [token for token in added_ids if token != img1_id]
-        self.img1_id, self.stop_ids, self.prompt_length, self.bias = img1_id, stop_ids, prompt_length, bias
+    def __init__(self, img1_id: int, stop_ids: list[int], first_added_id: int, prompt_length: int) -> None:
+        self.img1_id, self.stop_ids = img1_id, stop_ids
+        self.first_added_id, self.prompt_length = first_added_id, prompt_length
+        self.odds: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores `(B, V + 3 + r)` with the added tokens restrained."""
+        """Scores `(B, V + 3 + r)` without added tokens."""
+        odds = sticker_odds(scores, self.img1_id, self.stop_ids)
+        self.odds.append(odds)
         scores = scores.clone()
-        scores[:, self.forbidden] = -torch.inf
-        if input_ids.shape[1] == self.prompt_length:
-            scores[:, [self.img1_id, *self.stop_ids]] = -torch.inf
-        else:
-            ends = scores[:, self.stop_ids].float()
-            end = ends.logsumexp(dim=-1)
-            over = torch.logaddexp(scores[:, self.img1_id].float(), end)
-            odds = torch.where(over.isinf(), 0.0, scores[:, self.img1_id].float() - end) + self.bias
-            if math.isinf(self.bias):
-                odds = torch.full_like(end, self.bias)  # whatever the scores are
-            no_sticker = (over + F.logsigmoid(-odds)).unsqueeze(1)
-            shares = ends.log_softmax(dim=-1).nan_to_num(nan=0.0)  # an end that may not come yet has no shares
-            scores[:, self.img1_id] = (over + F.logsigmoid(odds)).to(scores.dtype)
-            scores[:, self.stop_ids] = (no_sticker + shares).to(scores.dtype)
+        scores[:, self.first_added_id :] = -torch.inf
+        for token in self.stop_ids:
+            if input_ids.shape[1] == self.prompt_length:
+                scores[:, token] = -torch.inf
+            else:
+                scores[:, token] += softplus(odds)  # log((end + [IMG1]) / end)
         return scores
+
+
+def sticker_odds(scores: torch.Tensor, img1_id: int, stop_ids: list[int]) -> torch.Tensor:
+    """Log-odds `(B,)` of `[IMG1]` against the end of the reply, from scores `(B, V + 3 + r)`."""
+    ends = torch.stack([scores[:, token] for token in stop_ids], dim=-1).float()
+    return scores[:, img1_id].float() - ends.logsumexp(dim=-1)
 
 
 class PegsGenerationMixin:
@@ -81,84 +202,224 @@ class PegsGenerationMixin:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        sticker_rate: float | str | None = None,
         sticker_bias: float | None = None,
+        past_key_values: Cache | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        streamer: BaseStreamer | None = None,
+        return_dict_in_generate: bool = True,
         **kwargs,
-    ) -> PegsGenerateOutput:
+    ) -> PegsGenerateOutput | torch.Tensor:
         """
         Write replies, with a sticker where the model chooses one.
 
-        The text is generated until the end of the reply or `[IMG1]`; after `[IMG1]` the rest of the span is fixed, so it is
-        computed in one forward pass instead of `r` steps.
+        A reply with a sticker ends with the whole span `[IMG1]` ... `[IMGr]`, one without with the end token. Whether a finished text is followed by
+        a sticker is decided once it is there; the tokens of the span are fixed, so it is computed in one forward pass instead of `r` steps.
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): Prompts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 where a token counts.
             pixel_values (`torch.Tensor` of shape `(N, 3, height, width)`, *optional*): Perceived stickers.
-            sticker_bias (`float`, *optional*): Added to the log-odds of `[IMG1]` against the end of the reply; `inf` always sends a sticker, `-inf`
-                never, defaults to the generation config's.
-            logits_processor (`LogitsProcessorList`, *optional*): More processors, applied before the sticker's.
+            sticker_rate (`float` or `str`, *optional*): Share of replies to have a sticker, in `[0, 1]`, or `"model"` for as many as the model
+                has learned; defaults to the generation config's.
+            sticker_bias (`float`, *optional*): Instead of a rate, what is added to the log-odds of `[IMG1]` against the end of the reply; `inf` always
+                sends a sticker, `-inf` never; defaults to the generation config's.
+            past_key_values (`Cache`, *optional*): The last output's `past_key_values`, for the next turn of the same conversation. `input_ids` and
+                `pixel_values` are the whole conversation nonetheless; what does not agree with the cache is computed anew. The cache is changed in place.
+            logits_processor (`LogitsProcessorList`, *optional*): More processors.
+            streamer (`BaseStreamer`, *optional*): Gets the tokens of the text and its end token; a [`StickerStreamer`] then gets the sticker.
+            return_dict_in_generate (`bool`, *optional*, defaults to `True`): With `False`, the sequences alone are returned.
             kwargs: As for `transformers.GenerationMixin.generate`.
 
         Returns:
-            [`PegsGenerateOutput`].
+            [`PegsGenerateOutput`] or `torch.Tensor`.
+
+        Raises:
+            ValueError: If placeholders and stickers do not match in number, the rate is none or the checkpoint was not calibrated for rates, or a
+                cache is passed to beam search.
 
         """
+        settings, _ = self._prepare_generation_config(kwargs.get("generation_config"), **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        img_ids = self.config.img_token_ids
-        img1_id, prompt_length = img_ids[0], input_ids.shape[1]
-        eos = kwargs.pop("eos_token_id", None) or self.generation_config.eos_token_id
+        self.check_placeholders(input_ids, pixel_values)
+        has_beams = settings.num_beams > 1
+        sampled = settings.do_sample and not has_beams
+        copies = settings.num_return_sequences
+        prompt_length = input_ids.shape[1]
+        eos = settings.eos_token_id
         stop_ids = list(eos) if isinstance(eos, list | tuple) else [eos]
-        if sticker_bias is None:
-            sticker_bias = getattr(self.generation_config, "sticker_bias", 0.0)
-        added_ids = list(range(self.config.first_new_token_id, img_ids[-1] + 1))
-        sticker_processor = StickerLogitsProcessor(added_ids, img1_id, stop_ids, prompt_length, sticker_bias)
-        kwargs.setdefault("pad_token_id", self.generation_config.pad_token_id or stop_ids[0])
-        kwargs.update(return_dict_in_generate=True, output_logits=True, use_cache=True)
+        pad_id = stop_ids[0] if settings.pad_token_id is None else settings.pad_token_id
+        bias = self.get_sticker_bias(settings, sticker_rate, sticker_bias, sampled)
+        thresholds = draw_thresholds(len(input_ids) * copies, bias, sampled).to(input_ids.device)
+        added_id, img1_id = self.config.first_new_token_id, self.config.img_token_ids[0]
+        restraint = StickerLogitsProcessor(img1_id, stop_ids, added_id, prompt_length)
+        if has_beams and past_key_values is not None:
+            raise ValueError("`past_key_values` cannot be used with beam search; pass `num_beams=1` or no cache.")
+        identified, new_pixel_values = None, pixel_values
+        if settings.cache_implementation is not None:
+            room = settings.max_new_tokens or settings.max_length
+            kwargs["max_cache_len"] = prompt_length + room + self.config.num_img_tokens
+        elif past_key_values is None and not has_beams and copies == 1:
+            past_key_values = PegsCache(self.config.text_config)
+        if past_key_values is not None:
+            if isinstance(past_key_values, PegsCache):
+                identified = identify_tokens(input_ids, attention_mask, pixel_values, self.config.image_token_id)
+                past_key_values.keep_prefix(identified)
+            kwargs["past_key_values"] = past_key_values
+            new_pixel_values = self._drop_pixel_values(input_ids, pixel_values, int(past_key_values.get_seq_length()))
         output = super().generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            eos_token_id=[*stop_ids, img1_id],
-            logits_processor=LogitsProcessorList([*(logits_processor or []), sticker_processor]),
-            **kwargs,
+            pixel_values=new_pixel_values,
+            logits_processor=LogitsProcessorList([restraint, *(logits_processor or [])]),
+            streamer=streamer,
+            **{**kwargs, "pad_token_id": pad_id, "return_dict_in_generate": True, "use_cache": True},
         )
+        attention_mask = attention_mask.repeat_interleave(copies, dim=0)
         new_ids = output.sequences[:, prompt_length:]
-        is_stop = torch.isin(new_ids, torch.tensor([*stop_ids, img1_id], device=new_ids.device))
-        before_stop = is_stop.cumsum(dim=-1) == 0
-        end = before_stop.sum(dim=-1)  # (B,) length of each text
-        was_cut = end == new_ids.shape[1]
-        end_ids = new_ids.gather(1, end.clamp(max=new_ids.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        sticker_mask = (end_ids == img1_id) & ~was_cut
-        logits = torch.stack(output.logits, dim=1)  # (B, new tokens, V + 3 + r), before any processor
-        at_end = logits[torch.arange(len(end)), end.clamp(max=logits.shape[1] - 1)].float()
-        sticker_logit = at_end[:, img1_id] - at_end[:, stop_ids].logsumexp(dim=-1)
+        is_text = torch.isin(new_ids, torch.tensor(stop_ids, device=new_ids.device)).cumsum(dim=-1) == 0
+        ends = prompt_length + is_text.sum(dim=-1)  # (B,) where each text ends
+        text_mask = torch.cat([attention_mask, is_text[:, :-1].to(attention_mask.dtype)], dim=1)  # of what was read
+        if has_beams:  # the cache holds unfinished beams
+            images = self._copy_pixel_values(input_ids, pixel_values, copies)
+            cache, odds = self._read_again(output.sequences[:, :-1], text_mask, images, ends, stop_ids)
+        else:
+            cache, odds = output.past_key_values, torch.stack(restraint.odds, dim=1)
+            odds = odds.gather(1, (ends - prompt_length).clamp(max=odds.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        was_cut = is_text.all(dim=-1)
+        sticker_mask = (odds > thresholds) & ~was_cut
+        spans = self.compute_img_span(text_mask, cache)[sticker_mask] if sticker_mask.any() else None
+        if identified is not None:
+            held = torch.cat([identified, new_ids[:, :-1]], dim=1).masked_fill(text_mask == 0, -1)
+            span = torch.tensor(self.config.img_token_ids, device=held.device).expand(len(held), -1)
+            span = span.masked_fill(~sticker_mask.unsqueeze(1), -1)
+            past_key_values.token_ids = held if spans is None else torch.cat([held, span], dim=1)
         result = PegsGenerateOutput(
-            sequences=output.sequences,
+            sequences=self._write_spans(output.sequences, sticker_mask, ends, pad_id),
             sticker_mask=sticker_mask,
-            sticker_logit=sticker_logit.masked_fill(was_cut, torch.nan),
+            sticker_logit=odds.masked_fill(was_cut, torch.nan),
+            past_key_values=None if has_beams else cache,
         )
-        hidden_states = None
-        if sticker_mask.any():
-            text_mask = torch.cat([attention_mask, before_stop.to(attention_mask.dtype)[:, :-1]], dim=1)
-            hidden_states = self.compute_img_span(text_mask, output.past_key_values)
-            span = torch.tensor(img_ids, device=new_ids.device)
-            width = prompt_length + int(end[sticker_mask].max()) + len(img_ids)
-            sequences = output.sequences.new_full(
-                (len(end), max(width, output.sequences.shape[1])), kwargs["pad_token_id"]
-            )
-            sequences[:, : output.sequences.shape[1]] = output.sequences
-            for row in sticker_mask.nonzero().flatten().tolist():
-                start = prompt_length + int(end[row])
-                sequences[row, start : start + len(img_ids)] = span
-            result.sequences = sequences
-        self._add_sticker_heads(result, hidden_states)
-        return result
+        self._add_sticker_heads(result, spans)
+        if isinstance(streamer, StickerStreamer) and bool(sticker_mask.any()):
+            streamer.on_sticker(result)
+        return result if return_dict_in_generate else result.sequences
 
-    def compute_img_span(self, text_mask: torch.Tensor, past_key_values: object) -> torch.Tensor:
+    def _read_again(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        ends: torch.Tensor,
+        stop_ids: list[int],
+    ) -> tuple[Cache, torch.Tensor]:
+        """Cache of finished sequences `(B, T)`, and the log-odds `(B,)` of a sticker behind the text that ends at `ends`."""
+        output = self(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(dim=-1) - 1).clamp(min=0),
+            pixel_values=pixel_values,
+            past_key_values=DynamicCache(config=self.config.text_config),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        rows = torch.arange(len(ends), device=ends.device)
+        at_end = output.last_hidden_state[rows, (ends - 1).clamp(max=input_ids.shape[1] - 1)]
+        return output.past_key_values, sticker_odds(self.score(at_end), self.config.img_token_ids[0], stop_ids)
+
+    def get_sticker_bias(
+        self, settings: GenerationConfig, sticker_rate: float | str | None, sticker_bias: float | None, sampled: bool
+    ) -> float:
         """
-        Hidden states of a whole [IMG] span after each text, in one forward pass.
+        What is added to the log-odds of a sticker; arguments come before the generation config.
+
+        Args:
+            settings (`GenerationConfig`): May hold `sticker_rate` or `sticker_bias`, and for rates `sticker_logit_quantiles`.
+            sticker_rate (`float` or `str`, *optional*): As for `generate`.
+            sticker_bias (`float`, *optional*): As for `generate`.
+            sampled (`bool`): Whether the sticker is drawn.
+
+        Returns:
+            `float`.
+
+        Raises:
+            ValueError: If both are given, the rate is none, or the checkpoint was not calibrated for rates.
+
+        """
+        known = vars(settings)
+        if sticker_rate is None and sticker_bias is None:
+            sticker_rate, sticker_bias = known.get("sticker_rate"), known.get("sticker_bias")
+        elif sticker_rate is not None and sticker_bias is not None:
+            raise ValueError(
+                f"Pass `sticker_rate` or `sticker_bias`, not both; got {sticker_rate!r} and {sticker_bias!r}."
+            )
+        if sticker_rate is None:
+            return sticker_bias or 0.0
+        if sticker_rate == "model":
+            return 0.0
+        if isinstance(sticker_rate, str) or not 0 <= sticker_rate <= 1:
+            raise ValueError(f'`sticker_rate` must be in [0, 1] or "model", got {sticker_rate!r}.')
+        quantiles = known.get("sticker_logit_quantiles")
+        if quantiles is None and 0 < sticker_rate < 1:
+            raise ValueError(
+                f"`sticker_rate` {sticker_rate} needs `sticker_logit_quantiles` in the generation config, which this checkpoint lacks; "
+                "`pegs.training.calibrate` fits them. `sticker_bias` works without."
+            )
+        return find_sticker_bias(sticker_rate, torch.tensor(quantiles or []), sampled)
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        """As in transformers, with the sticker's processor first: it notes the model's own odds."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList(sorted(processors, key=lambda p: not isinstance(p, StickerLogitsProcessor)))
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, dict]:
+        """As in transformers, except that a row's pictures are repeated together."""
+        pixel_values = self._copy_pixel_values(input_ids, kwargs.pop("pixel_values", None), expand_size)
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **kwargs)
+        return input_ids, {**kwargs, "pixel_values": pixel_values}
+
+    def _image_places(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Row and column `(N, 2)` where each perceived sticker begins."""
+        return (input_ids == self.config.image_token_id).nonzero()[:: self.config.num_query_tokens]
+
+    def _copy_pixel_values(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, copies: int
+    ) -> torch.Tensor | None:
+        """Pictures for rows that are each repeated `copies` times in a row."""
+        if pixel_values is None or copies == 1:
+            return pixel_values
+        per_row = self._image_places(input_ids)[:, 0].bincount(minlength=len(input_ids)).tolist()
+        return torch.cat([images for group in pixel_values.split(per_row) for images in [group] * copies])
+
+    def _drop_pixel_values(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, length: int
+    ) -> torch.Tensor | None:
+        """Pictures that begin at column `length` or behind it."""
+        if pixel_values is None or not length:
+            return pixel_values
+        kept = pixel_values[self._image_places(input_ids)[:, 1] >= length]
+        return kept if len(kept) else None
+
+    def _write_spans(
+        self, sequences: torch.Tensor, sticker_mask: torch.Tensor, ends: torch.Tensor, pad_id: int
+    ) -> torch.Tensor:
+        """Sequences with the whole [IMG] span where each text with a sticker ends."""
+        if not sticker_mask.any():
+            return sequences
+        span = torch.tensor(self.config.img_token_ids, device=sequences.device)
+        width = max(int(ends[sticker_mask].max()) + len(span), sequences.shape[1])
+        written = sequences.new_full((len(sequences), width), pad_id)
+        written[:, : sequences.shape[1]] = sequences
+        rows = sticker_mask.nonzero()
+        written[rows, ends[sticker_mask].unsqueeze(1) + torch.arange(len(span), device=span.device)] = span
+        return written
+
+    def compute_img_span(self, text_mask: torch.Tensor, past_key_values: Cache) -> torch.Tensor:
+        """
+        Hidden states of a whole [IMG] span after each text, in one forward pass; the span is in the cache afterwards.
 
         Args:
             text_mask (`torch.Tensor` of shape `(B, T)`): 1 for the cached tokens that belong to prompt or text.
@@ -170,28 +431,27 @@ class PegsGenerationMixin:
         """
         span = torch.tensor(self.config.img_token_ids, device=text_mask.device).expand(len(text_mask), -1)
         mask = torch.cat([text_mask, torch.ones_like(span)], dim=1)
-        positions = (mask.cumsum(dim=-1) - 1)[:, -span.shape[1] :]
-        output = self(
-            input_ids=span,
+        return self.decoder(
+            inputs_embeds=self.get_inputs_embeds(span, None),
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=(mask.cumsum(dim=-1) - 1)[:, -span.shape[1] :],
             past_key_values=past_key_values,
-            logits_to_keep=1,
-        )
-        return output.last_hidden_state
+            use_cache=True,
+        ).last_hidden_state
 
-    def _add_sticker_heads(self, result: PegsGenerateOutput, hidden_states: torch.Tensor | None) -> None:
-        shape, k = (len(result.sticker_mask),), self.config.num_retrieval_tokens
-        where = result.sticker_mask
+    def _add_sticker_heads(self, result: PegsGenerateOutput, spans: torch.Tensor | None) -> None:
+        """Fill in what the output heads make of the hidden states `(S, r, d)` of the replies with a sticker."""
+        where, k = result.sticker_mask, self.config.num_retrieval_tokens
+        dtype = self.query_tokens.dtype
         if self.retrieval_head is not None:
-            result.sticker_queries = torch.zeros(*shape, self.config.retrieval_dim, device=where.device)
-            if hidden_states is not None:
-                result.sticker_queries[where] = self.retrieval_head.embed_text(hidden_states[where, :k]).float()
+            result.sticker_queries = torch.zeros(len(where), self.config.retrieval_dim, device=where.device)
+            if spans is not None:
+                result.sticker_queries[where] = self.retrieval_head.embed_text(spans[:, :k].to(dtype)).float()
         if self.feature_mapper is not None:
-            size = (self.config.prompt_length, self.config.prompt_dim)
-            result.sticker_prompt_embeds = torch.zeros(*shape, *size, device=where.device)
-            if hidden_states is not None:
-                result.sticker_prompt_embeds[where] = self.feature_mapper(hidden_states[where, k:]).float()
+            size = (len(where), self.config.prompt_length, self.config.prompt_dim)
+            result.sticker_prompt_embeds = torch.zeros(size, device=where.device)
+            if spans is not None:
+                result.sticker_prompt_embeds[where] = self.feature_mapper(spans[:, k:].to(dtype)).float()
 
 
-__all__ = ["PegsGenerateOutput", "PegsGenerationMixin", "StickerLogitsProcessor"]
+__all__ = ["PegsCache", "PegsGenerateOutput", "PegsGenerationMixin", "StickerStreamer"]

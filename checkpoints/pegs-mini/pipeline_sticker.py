@@ -1,21 +1,42 @@
 """StickerPipeline: prompt embeddings, and an init image if there is one, to a sticker."""
 
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from .emotions import EmotionStates
+from .finishing import cut_out, finish, to_image
 from .safety import check_images
+
+
+CODE = ("pipeline_sticker.py", "emotions.py", "finishing.py", "safety.py")
+EMOTIONS_FOLDER = "emotions"
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "lcm": LCMScheduler,
+}
 
 
 @dataclass
@@ -24,7 +45,7 @@ class StickerPipelineOutput(BaseOutput):
     Output of [`StickerPipeline`].
 
     Args:
-        images (`list[PIL.Image.Image]` or `torch.Tensor`): Stickers; RGBA where the autoencoder has four channels.
+        images (`list[PIL.Image.Image]` or `torch.Tensor`): Stickers; RGBA where the autoencoder has four channels or the ground was cut out.
         blocked (`list[str | None]`): Why the safety check blocked a sticker, `None` where it did not. A blocked sticker is still in `images`,
             for the caller to replace.
 
@@ -34,9 +55,15 @@ class StickerPipelineOutput(BaseOutput):
     blocked: list[str | None]
 
 
-class StickerPipeline(DiffusionPipeline):
+class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin, FromSingleFileMixin):
     r"""
     Draw stickers from PEGS' prompt embeddings (StickerConv, section 4.2: image generation, and retrieval-augmented with `init_image`).
+
+    Any Stable Diffusion 1.x or 2.x checkpoint serves as decoder: a folder or Hub id by `from_pretrained`, one file by `from_single_file`. LoRA (`load_lora_weights`),
+    offloading (`enable_model_cpu_offload`), attention slicing and the like are diffusers' own.
+
+    On a CPU every sticker of a batch goes through the networks by itself, because there the last bits of a result depend on the size of the batch: so a
+    batch equals its singles to the byte.
 
     Args:
         vae (`AutoencoderKL`): Autoencoder of RGB or RGBA pictures.
@@ -49,13 +76,19 @@ class StickerPipeline(DiffusionPipeline):
         prompt_length (`int`, *optional*, defaults to 77): Number L of prompt embeddings.
         force_zeros_for_empty_prompt (`bool`, *optional*, defaults to `False`): Whether the unconditional embeddings are zeros, and zeros follow
             the end of a prompt.
+        default_num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a call that does not say; 4 for a distilled denoiser.
+        default_guidance_scale (`float`, *optional*, defaults to 2.5): Guidance of a call that does not say; 1 (off) for a distilled denoiser.
+        default_num_candidates (`int`, *optional*, defaults to 1): Drawings among which [`PegsPipeline`] chooses one unless told otherwise.
+
+    Raises:
+        ValueError: If the text encoder's states do not fit the denoiser.
 
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["text_encoder", "tokenizer", "safety_checker", "feature_extractor"]
     _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
         self,
@@ -68,8 +101,16 @@ class StickerPipeline(DiffusionPipeline):
         feature_extractor=None,
         prompt_length: int = 77,
         force_zeros_for_empty_prompt: bool = False,
+        default_num_inference_steps: int = 20,
+        default_guidance_scale: float = 2.5,
+        default_num_candidates: int = 1,
     ) -> None:
         super().__init__()
+        if text_encoder is not None and text_encoder.config.hidden_size != unet.config.cross_attention_dim:
+            raise ValueError(
+                f"`text_encoder` gives states of size {text_encoder.config.hidden_size}, but `unet` takes states of size "
+                f"{unet.config.cross_attention_dim} (`cross_attention_dim`)."
+            )
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -79,16 +120,26 @@ class StickerPipeline(DiffusionPipeline):
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
         )
-        self.register_to_config(prompt_length=prompt_length, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        self.register_to_config(
+            prompt_length=prompt_length,
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_num_candidates=default_num_candidates,
+        )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._emotion_states: EmotionStates | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the components and this pipeline's own code, so that `DiffusionPipeline.from_pretrained` finds both."""
+        """Save the components, the emotion slider if there is one, and this pipeline's own code, so that `DiffusionPipeline.from_pretrained` finds all."""
+        states = self._find_emotion_states()
         super().save_pretrained(save_directory, **kwargs)
         folder, source = Path(save_directory), Path(__file__).parent
-        for name in ("pipeline_sticker.py", "safety.py"):
+        for name in CODE:
             shutil.copyfile(source / name, folder / name)
+        if states is not None:
+            states.save_pretrained(folder / EMOTIONS_FOLDER)
         index = json.loads((folder / "model_index.json").read_text("utf-8"))
         index["_class_name"] = ["pipeline_sticker", "StickerPipeline"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
@@ -101,12 +152,59 @@ class StickerPipeline(DiffusionPipeline):
         config["_class_name"] = cls.__name__
         return loaded
 
-    def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
+    @property
+    def emotion_states(self) -> EmotionStates:
+        """
+        What the emotion slider knows of captions; read from the pipeline's folder when first asked for. Set it to give a pipeline one.
+
+        Raises:
+            ValueError: If there is none.
+
+        """
+        states = self._find_emotion_states()
+        if states is None:
+            raise ValueError(
+                "`emotion` with `prompt_embeds` needs `emotion_states`, which this pipeline does not have; see `EmotionStates.measure`."
+            )
+        return states
+
+    @emotion_states.setter
+    def emotion_states(self, states: EmotionStates) -> None:
+        self._emotion_states = states
+
+    def _find_emotion_states(self) -> EmotionStates | None:
+        if self._emotion_states is None and self.name_or_path:
+            try:
+                self._emotion_states = EmotionStates.from_pretrained(self.name_or_path, subfolder=EMOTIONS_FOLDER)
+            except OSError:
+                return None
+        return self._emotion_states
+
+    def set_scheduler(self, name: str) -> None:
+        """
+        Change the scheduler, keeping what the model was trained with (betas, prediction type).
+
+        Args:
+            name (`str`): `"ddim"`, `"dpm++"`, `"euler"` or `"lcm"`.
+
+        Raises:
+            ValueError: If the name is unknown.
+
+        """
+        if name not in SCHEDULERS:
+            raise ValueError(f"`name` must be one of {', '.join(SCHEDULERS)}, got {name!r}.")
+        self.scheduler = SCHEDULERS[name].from_config(self.scheduler.config)
+
+    def encode_prompt(
+        self, prompt: str | list[str], emotion: str | None = None, emotion_scale: float = 1.0
+    ) -> torch.Tensor:
         """
         Text encoder output of prompts.
 
         Args:
             prompt (`str` or `list[str]`): Captions.
+            emotion (`str`, *optional*): Emotion that is named after each caption.
+            emotion_scale (`float`, *optional*, defaults to 1.0): 0 for neutral, more than 1 to exaggerate the emotion.
 
         Returns:
             `torch.Tensor` of shape `(B, L, D)`.
@@ -119,31 +217,51 @@ class StickerPipeline(DiffusionPipeline):
             raise ValueError(
                 "`prompt` needs a text encoder and a tokenizer, which this pipeline does not have; pass `prompt_embeds`."
             )
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if emotion is not None:
+            neutral, named = (self.encode_prompt([f"{p}, {name}" for p in prompts]) for name in ("neutral", emotion))
+            return torch.lerp(neutral, named, emotion_scale)
         inputs = self.tokenizer(
-            prompt, padding="max_length", truncation=True, max_length=self.config.prompt_length, return_tensors="pt"
-        ).to(self.text_encoder.device)
+            prompts, padding="max_length", truncation=True, max_length=self.config.prompt_length, return_tensors="pt"
+        ).to(self._execution_device)
         if not self.config.force_zeros_for_empty_prompt:
-            return self.text_encoder(inputs.input_ids).last_hidden_state
-        states = self.text_encoder(**inputs).last_hidden_state
-        return states * inputs.attention_mask.unsqueeze(-1)
+            return self._each_alone(lambda ids: self.text_encoder(ids).last_hidden_state, inputs.input_ids)
+
+        def encode(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            states = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+            return states * attention_mask.unsqueeze(-1)
+
+        return self._each_alone(encode, inputs.input_ids, inputs.attention_mask)
+
+    def _each_alone(self, function: Callable[..., torch.Tensor], *batches: torch.Tensor) -> torch.Tensor:
+        """`function` of whole batches; on a CPU of one row at a time, see the class."""
+        if self._execution_device.type != "cpu":
+            return function(*batches)
+        return torch.cat([function(*rows) for rows in zip(*(batch.split(1) for batch in batches), strict=True)])
 
     def check_inputs(
         self,
         prompt: str | list[str] | None,
         prompt_embeds: torch.Tensor | None,
+        negative_prompt: str | list[str] | None,
         negative_prompt_embeds: torch.Tensor | None,
         strength: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        num_images_per_prompt: int,
+        callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """
         Check the arguments of a call.
 
         Raises:
-            ValueError: If there is not exactly one of `prompt` and `prompt_embeds`, an embedding does not fit the UNet, or `strength` is not in
-                (0, 1].
+            ValueError: If there is not exactly one of `prompt` and `prompt_embeds`, or both of the negative ones, an embedding does not fit the UNet,
+                `strength` is not in (0, 1], there are not as many generators as stickers, or a tensor is asked for that there is not.
 
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("Pass only one of `negative_prompt` and `negative_prompt_embeds`.")
         expected = (self.config.prompt_length, self.unet.config.cross_attention_dim)
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
             if embeds is not None and tuple(embeds.shape[1:]) != expected:
@@ -152,20 +270,77 @@ class StickerPipeline(DiffusionPipeline):
                 )
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` must be in (0, 1], got {strength}.")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        count = len(prompt_embeds if prompts is None else prompts) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(
+                f"`generator` must be one or as many as there are stickers, {count}, got {len(generator)}."
+            )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
+
+    def prepare_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
+        """
+        Set the scheduler's timesteps and choose those to draw.
+
+        Args:
+            num_inference_steps (`int`): Steps from pure noise.
+            strength (`float`): In (0, 1]. Most schedulers draw the last `strength` of their steps; LCM, with few of them, spreads all over the last part of
+                its schedule.
+
+        Returns:
+            `torch.Tensor` of shape `(steps,)`.
+
+        """
+        device = self._execution_device
+        if "strength" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            schedule = self.scheduler.config.original_inference_steps
+            steps = max(1, min(num_inference_steps, int(schedule * strength)))
+            self.scheduler.set_timesteps(steps, device=device, strength=max(strength, 1 / schedule))
+            return self.scheduler.timesteps
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if strength == 1:
+            return self.scheduler.timesteps
+        kept = max(1, round(num_inference_steps * strength))
+        start = (num_inference_steps - kept) * self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)
+        return self.scheduler.timesteps[start:]
+
+    def encode_image(self, images: list[Image.Image]) -> torch.Tensor:
+        """Latents `(len(images), C, h, w)` of pictures, scaled as the denoiser knows them."""
+        pixels = torch.cat([self.preprocess(image) for image in images]).to(self._execution_device, self.vae.dtype)
+        latents = self._each_alone(lambda rows: self.vae.encode(rows).latent_dist.mode(), pixels)
+        return latents * self.vae.config.scaling_factor
 
     def prepare_latents(
         self,
         batch_size: int,
         dtype: torch.dtype,
         generator: torch.Generator | list[torch.Generator] | None,
-        init_image: Image.Image | list[Image.Image] | None,
+        init_image: Image.Image | list[Image.Image] | torch.Tensor | None,
         first_timestep: torch.Tensor,
+        num_images_per_prompt: int = 1,
     ) -> torch.Tensor:
         """
-        Noise, or the init images' latents with the noise of `first_timestep` on them.
+        First latents: noise, or the init image with noise.
+
+        Args:
+            batch_size (`int`): Stickers B to draw.
+            dtype (`torch.dtype`): Of the denoiser.
+            generator (`torch.Generator` or a list): Source of the noise.
+            init_image (`PIL.Image.Image`, a list, or latents): What to start from, if anything.
+            first_timestep (`torch.Tensor` of shape `(1,)`): Where the drawing starts.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Stickers to draw over each picture of a list.
 
         Returns:
-            `torch.Tensor` of shape `(B, latent_channels, h, w)`.
+            `torch.Tensor` of shape `(B, C, h, w)`.
+
+        Raises:
+            ValueError: If there are not as many pictures as prompts.
 
         """
         size = self.unet.config.sample_size
@@ -173,10 +348,37 @@ class StickerPipeline(DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         if init_image is None:
             return noise * self.scheduler.init_noise_sigma
-        images = init_image if isinstance(init_image, list) else [init_image] * batch_size
-        pixels = torch.cat([self.preprocess(image) for image in images]).to(self._execution_device, dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        latents = init_image
+        if not isinstance(init_image, torch.Tensor):
+            latents = self.encode_image(init_image if isinstance(init_image, list) else [init_image])
+        repeats = batch_size if len(latents) == 1 else num_images_per_prompt
+        if len(latents) * repeats != batch_size:
+            raise ValueError(
+                f"`init_image` must be one or as many as there are prompts, {batch_size // num_images_per_prompt}, got {len(latents)}."
+            )
+        latents = latents.to(noise).repeat_interleave(repeats, dim=0)
         return self.scheduler.add_noise(latents, noise, first_timestep.repeat(batch_size))
+
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """Denoiser's output `(B, C, h, w)`, with classifier-free guidance if there are `negative_prompt_embeds`."""
+        if negative_prompt_embeds is None:
+            return self._each_alone(
+                lambda x, c: self.unet(x, timestep, encoder_hidden_states=c).sample, latents, prompt_embeds
+            )
+
+        def guided(x: torch.Tensor, c: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+            both = self.unet(torch.cat([x, x]), timestep, encoder_hidden_states=torch.cat([n, c])).sample
+            unconditional, conditional = both.chunk(2)
+            return unconditional + guidance_scale * (conditional - unconditional)
+
+        return self._each_alone(guided, latents, prompt_embeds, negative_prompt_embeds)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Picture to an autoencoder input `(1, 3 or 4, H, W)` in `[-1, 1]`: colour on white, and alpha if the autoencoder takes it."""
@@ -195,39 +397,62 @@ class StickerPipeline(DiffusionPipeline):
         color, alpha = array[..., :3], array[..., 3:]
         alpha = np.clip((alpha - 0.05) / 0.9, 0, 1)  # what is nearly clear or nearly solid was meant to be
         color = np.clip((color - 1 + alpha) / np.maximum(alpha, 1e-3), 0, 1)
-        rgba = (np.concatenate([color, alpha], axis=-1) * 255).round().astype(np.uint8)
-        return [Image.fromarray(picture, "RGBA") for picture in rgba]
+        return [to_image(*picture) for picture in zip(color, alpha[..., 0], strict=True)]
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        init_image: Image.Image | list[Image.Image] | None = None,
+        init_image: Image.Image | list[Image.Image] | torch.Tensor | None = None,
         strength: float = 0.6,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 2.5,
+        emotion: str | None = None,
+        emotion_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        transparent: bool = False,
+        size: int | None = None,
+        outline: float = 0.0,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["StickerPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> StickerPipelineOutput | tuple:
         r"""
         Draw stickers.
 
+        > Parameters that say what to draw
+
         Args:
             prompt (`str` or `list[str]`, *optional*): Captions, instead of `prompt_embeds`.
             prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): The condition, e.g. `sticker_prompt_embeds` of PEGS.
-            negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): What to steer away from, defaults to the empty prompt.
-            init_image (`PIL.Image.Image` or a list, *optional*): Sticker to start from (PEGS-RAG); one picture serves the whole batch.
-            strength (`float`, *optional*, defaults to 0.6): Share of the steps drawn over `init_image`, in (0, 1].
-            num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps.
-            guidance_scale (`float`, *optional*, defaults to 2.5): Classifier-free guidance; off at 1 and below.
+            negative_prompt (`str` or `list[str]`, *optional*): What to steer away from, defaults to the empty prompt.
+            negative_prompt_embeds (`torch.Tensor` of shape `(B or 1, L, D)`, *optional*): The same as embeddings.
+            init_image (`PIL.Image.Image`, a list, or a `torch.Tensor` of shape `(B or 1, C, h, w)`, *optional*): Sticker to start from (PEGS-RAG), or latents of
+                [`StickerPipeline.encode_image`]; a single one serves the whole batch.
+            strength (`float`, *optional*, defaults to 0.6): How far to go from `init_image`, in (0, 1].
+            emotion (`str`, *optional*): Emotion to show instead of the one that the condition names.
+            emotion_scale (`float`, *optional*, defaults to 1.0): 0 for neutral, more than 1 to exaggerate the emotion.
+
+        > Parameters that say how
+
+        Args:
+            num_inference_steps (`int`, *optional*): Denoising steps, defaults to the saved `default_num_inference_steps`.
+            guidance_scale (`float`, *optional*): Classifier-free guidance, off at 1 and below; defaults to the saved `default_guidance_scale`.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Stickers of each prompt, next to each other in the result.
             generator (`torch.Generator` or a list, *optional*): Source of the noise, one a sticker or one for all.
-            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"` or `"pt"` (raw autoencoder output in `[-1, 1]`, not safety checked).
+            transparent (`bool`, *optional*, defaults to `False`): Whether to cut out the white ground that decoders without alpha draw on.
+            size (`int`, *optional*): Side of the sticker in pixels, defaults to the autoencoder's.
+            outline (`float`, *optional*, defaults to 0.0): Width of a white rim as a share of the side.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, or `"pt"` (raw autoencoder output in `[-1, 1]`) or `"latent"`, which are not safety checked.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`StickerPipelineOutput`] or its fields as a tuple.
-            callback_on_step_end (`Callable`, *optional*): `(pipeline, step, timestep, {"latents": ...}) -> dict` after each step.
+            callback_on_step_end (`Callable`, *optional*): `(pipeline, step, timestep, tensors) -> tensors` after each step; what it returns is gone on with.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`): Which tensors it gets: `latents`, `prompt_embeds`,
+                `negative_prompt_embeds`.
 
         Returns:
             [`StickerPipelineOutput`] or `tuple`.
@@ -236,53 +461,95 @@ class StickerPipeline(DiffusionPipeline):
             ValueError: On arguments that do not fit; see [`StickerPipeline.check_inputs`].
 
         """
-        self.check_inputs(prompt, prompt_embeds, negative_prompt_embeds, strength)
+        self.check_inputs(
+            prompt,
+            prompt_embeds,
+            negative_prompt,
+            negative_prompt_embeds,
+            strength,
+            generator,
+            num_images_per_prompt,
+            callback_on_step_end_tensor_inputs,
+        )
+        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         device, dtype = self._execution_device, self.unet.dtype
         if prompt_embeds is None:
-            prompt_embeds = self.encode_prompt(prompt)
-        prompt_embeds = prompt_embeds.to(device, dtype)
+            prompt_embeds = self.encode_prompt(prompt, emotion, emotion_scale)
+        elif emotion is not None:
+            prompt_embeds = self.shift_emotion(prompt_embeds, emotion, emotion_scale)
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
         batch_size = len(prompt_embeds)
-        do_guidance = guidance_scale > 1
-        if do_guidance:
+        if scale <= 1:
+            negative_prompt_embeds = None
+        else:
             if negative_prompt_embeds is None:
-                if self.config.force_zeros_for_empty_prompt:
-                    negative_prompt_embeds = torch.zeros_like(prompt_embeds[:1])
-                else:
-                    negative_prompt_embeds = self.encode_prompt("")
-            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype).expand_as(prompt_embeds)
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+                negative_prompt_embeds = self.encode_negative(negative_prompt, prompt_embeds)
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+            repeats = batch_size if len(negative_prompt_embeds) == 1 else num_images_per_prompt
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        if init_image is not None:
-            timesteps = timesteps[len(timesteps) - max(1, round(len(timesteps) * strength)) :]
-            if hasattr(self.scheduler, "set_begin_index"):
-                self.scheduler.set_begin_index(len(self.scheduler.timesteps) - len(timesteps))
-        latents = self.prepare_latents(batch_size, dtype, generator, init_image, timesteps[:1])
+        timesteps = self.prepare_timesteps(steps, 1.0 if init_image is None else strength)
+        latents = self.prepare_latents(batch_size, dtype, generator, init_image, timesteps[:1], num_images_per_prompt)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
 
         with self.progress_bar(total=len(timesteps)) as progress:
             for step, timestep in enumerate(timesteps):
-                model_input = torch.cat([latents] * 2) if do_guidance else latents
-                model_input = self.scheduler.scale_model_input(model_input, timestep)
-                noise = self.unet(model_input, timestep, encoder_hidden_states=prompt_embeds).sample
-                if do_guidance:
-                    unconditional, conditional = noise.chunk(2)
-                    noise = unconditional + guidance_scale * (conditional - unconditional)
-                latents = self.scheduler.step(noise, timestep, latents).prev_sample
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+                noise = self.predict_noise(model_input, timestep, prompt_embeds, negative_prompt_embeds, scale)
+                latents = self.scheduler.step(noise, timestep, latents, **step_kwargs).prev_sample
                 if callback_on_step_end is not None:
-                    latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, step, timestep, asked)
+                    latents, prompt_embeds, negative_prompt_embeds = (
+                        tensors[name] for name in self._callback_tensor_inputs
+                    )
                 progress.update()
 
-        pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        self.maybe_free_model_hooks()
-        if output_type == "pt":
-            images, blocked = pixels, [None] * batch_size
+        blocked: list[str | None] = [None] * batch_size
+        if output_type == "latent":
+            images = latents
         else:
-            images = self.postprocess(pixels)
+            images = self._each_alone(
+                lambda rows: self.vae.decode(rows).sample, latents / self.vae.config.scaling_factor
+            )
+        if output_type == "pil":
+            images = self.postprocess(images)
             blocked = check_images(images, self.safety_checker, self.feature_extractor)
+            if transparent:
+                images = [cut_out(image) if image.mode == "RGB" else image for image in images]
+            images = [finish(image, size, outline) for image in images]
+        self.maybe_free_model_hooks()
         if not return_dict:
             return images, blocked
         return StickerPipelineOutput(images=images, blocked=blocked)
 
+    def shift_emotion(self, prompt_embeds: torch.Tensor, emotion: str, emotion_scale: float) -> torch.Tensor:
+        """
+        Prompt embeddings `(B, L, D)` with another emotion; see [`EmotionStates.shift`].
 
-__all__ = ["StickerPipeline", "StickerPipelineOutput"]
+        Raises:
+            ValueError: If the emotion is unknown, the pipeline has no `emotion_states`, or its captions' ends cannot be found.
+
+        """
+        if not self.config.force_zeros_for_empty_prompt:
+            raise ValueError(
+                "`emotion` with `prompt_embeds` needs embeddings that are zero after a caption's end "
+                "(`force_zeros_for_empty_prompt`); pass `prompt`."
+            )
+        return self.emotion_states.shift(prompt_embeds, emotion, emotion_scale)
+
+    def encode_negative(self, negative_prompt: str | list[str] | None, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(B or 1, L, D)` of what to steer away from; without a prompt those of the empty one."""
+        if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
+            return torch.zeros_like(prompt_embeds[:1])
+        return self.encode_prompt(negative_prompt or "")
+
+
+__all__ = ["SCHEDULERS", "StickerPipeline", "StickerPipelineOutput"]

@@ -75,10 +75,13 @@ class PegsProcessor(ProcessorMixin):
         """
         Make model inputs.
 
+        Truncation, on the tokenizer's `truncation_side`, leaves out a sticker or [IMG] span that would be cut, as a whole; stickers left out are
+        not in `pixel_values` either.
+
         Args:
             text (`str` or `list[str]`): Texts with `<IMG>` where a sticker stands.
             images (`list`, *optional*): The stickers of all texts in order, files or pictures; a list a text is flattened.
-            kwargs: As for the tokenizer.
+            kwargs: As for the tokenizer: `padding`, `padding_side`, `truncation`, `max_length`, `add_special_tokens`, `return_tensors`.
 
         Returns:
             `BatchFeature`: `input_ids`, `attention_mask` of shape `(B, T)`, and `pixel_values` `(N, 3, height, width)` if there are stickers.
@@ -96,12 +99,39 @@ class PegsProcessor(ProcessorMixin):
             )
         expanded = f"<Img>{self.image_token * self.num_query_tokens}</Img>"
         return_tensors = kwargs.pop("return_tensors", None)
-        inputs = self.tokenizer([item.replace(self.image_token, expanded) for item in texts], **kwargs)
-        data = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        padding = {key: kwargs.pop(key) for key in ("padding", "padding_side", "pad_to_multiple_of") if key in kwargs}
+        max_length = kwargs.pop("max_length", None)
+        truncation = kwargs.pop("truncation", False)
+        sequences = self.tokenizer([item.replace(self.image_token, expanded) for item in texts], **kwargs)["input_ids"]
+        if truncation:
+            sequences, flat = self._truncate(sequences, flat, max_length or self.tokenizer.model_max_length)
+        data = dict(
+            self.tokenizer.pad({"input_ids": sequences}, max_length=max_length, **{"padding": False, **padding})
+        )
         if flat:
             pictures = [load_sticker(image) for image in flat]
             data["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _truncate(self, sequences: list[list[int]], images: list, max_length: int) -> tuple[list[list[int]], list]:
+        """Sequences of at most `max_length` ids, and the images that are still in them."""
+        first = self.tokenizer.convert_tokens_to_ids("<Img>")
+        openings = (first, first + 3)  # `<Img>` and `[IMG1]`; behind any other added token a sticker or span goes on
+        left = self.tokenizer.truncation_side == "left"
+        kept, kept_images, remaining = [], [], list(images)
+        for ids in sequences:
+            count = ids.count(first)
+            own, remaining = remaining[:count], remaining[count:]
+            if len(ids) > max_length:
+                cut = len(ids) - max_length if left else max_length
+                while cut < len(ids) and ids[cut] > first and ids[cut] not in openings:
+                    cut += 1 if left else -1
+                ids = ids[cut:] if left else ids[:cut]
+                count = ids.count(first)
+                own = own[len(own) - count :] if left else own[:count]
+            kept.append(ids)
+            kept_images += own
+        return kept, kept_images
 
     def apply_chat_template(self, conversation: list, chat_template: str | None = None, **kwargs) -> Any:
         """
@@ -111,7 +141,8 @@ class PegsProcessor(ProcessorMixin):
             conversation (`list`): A dialogue `[{"role": ..., "content": [{"type": "text", "text": ...}, {"type": "image", "path": ...}]}, ...]`, or a
                 list of them. A sticker is given as `path`, or as `image` (a file name, an encoded picture, or a picture).
             chat_template (`str`, *optional*): Another template.
-            kwargs: `add_generation_prompt`, `tokenize`, `return_dict`, `return_tensors`, `padding`, `truncation`, `max_length`.
+            kwargs: `add_generation_prompt`, `continue_final_message`, `tokenize`, `return_dict`, `return_tensors`, and what `__call__` takes, also as a
+                dictionary `processor_kwargs`; `padding` is `True` and `padding_side` `"left"` unless given.
 
         Returns:
             `str`, `list[str]` or `BatchFeature`: As in transformers; a tokenized single dialogue is a batch of one.
@@ -123,11 +154,13 @@ class PegsProcessor(ProcessorMixin):
             [_without_control_tokens(messages, self.tokenizer) for messages in conversations],
             chat_template=chat_template or self.chat_template,
             add_generation_prompt=kwargs.pop("add_generation_prompt", False),
+            continue_final_message=kwargs.pop("continue_final_message", False),
             tokenize=False,
         )
         if not kwargs.pop("tokenize", False):
             return prompt[0] if is_single else prompt
         kwargs.pop("return_dict", None)
+        kwargs.update(kwargs.pop("processor_kwargs", None) or {})
         images = [
             part.get("path") or part.get("image") or part.get("url")
             for messages in conversations

@@ -8,11 +8,12 @@ import argparse
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from dataset_builders.schema import Session
+from dataset_builders.schema import EMOTIONS, Session
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack
 from dataset_builders.stickers.pack import StickerPack
@@ -20,6 +21,8 @@ from modeling_pegs import PegsModel, PegsProcessor
 from modeling_pegs.generation_pegs import find_sticker_bias
 from pegs.training.calibrate import logit_quantiles, sticker_logits
 from pegs.training.dialogues import turn_contexts
+from pegs.training.text_states import encode_captions
+from pipelines.emotions import EmotionStates
 from pipelines.pipeline_sticker import StickerPipeline
 
 
@@ -45,10 +48,13 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
         if path.name not in ("README.md", "figures.json", "assets"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     pipeline = StickerPipeline.from_pretrained(decoder, dtype=torch.float16)
+    things = [sticker.caption.rpartition(",")[0] for sticker in pack.split("train")]
+    pipeline.emotion_states = EmotionStates.measure(partial(encode_captions, max_length=pipeline.config.prompt_length), things, EMOTIONS)  # fmt: skip
     pipeline.save_pretrained(folder)
     model, processor = PegsModel.from_pretrained(language), PegsProcessor.from_pretrained(language)
     model.generation_config.update(do_sample=True, temperature=0.4, top_p=0.9, max_new_tokens=64)
     model.generation_config.max_length = None
+    vars(model.generation_config).pop("sticker_bias", None)  # of an earlier stage; the rate says it now
     golds = [turn.system.sticker is not None for session in sessions for turn in session.turns]
     contexts = [context for session in sessions for context in turn_contexts(session, pack)]
     quantiles = logit_quantiles(sticker_logits(model, processor, contexts))
