@@ -167,6 +167,20 @@ def load_pipeline(
         raise InputError(f"--model {model}: {error}") from error
 
 
+def check_rate(model: PegsModel, sticker_rate: float | None) -> None:
+    """
+    Check that a model can keep a sticker rate.
+
+    Raises:
+        InputError: If its generation config lacks what that needs.
+
+    """
+    try:
+        model.get_sticker_bias(model.generation_config, sticker_rate, None, sampled=True)
+    except ValueError as error:
+        raise InputError(f"--sticker-rate {sticker_rate}: {error}") from None
+
+
 def caption_encoder(decoder: StickerPipeline | None) -> Callable[[list[str]], torch.Tensor] | None:
     """From captions to a decoder's prompt embeddings `(B, L, D)`: MiniLM, by which one without a text encoder of its own was trained."""
     if decoder is None or decoder.text_encoder is not None:

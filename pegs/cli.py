@@ -62,6 +62,18 @@ VariantOption = Annotated[
 ]
 
 
+RateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--sticker-rate",
+        min=0.0,
+        max=1.0,
+        help="Share of replies with a sticker.",
+        show_default="the rate of the model's training dialogues",
+    ),
+]
+
+
 @app.command(epilog="Example: pegs respond messages.json --out reply --variant ret --json")
 def respond(
     messages: Annotated[Path, typer.Argument(help="Dialogue in the multimodal chat format.")],
@@ -69,6 +81,7 @@ def respond(
     model: ModelOption = "",
     variant: VariantOption = "ret",
     stickers: StickersOption = "openmoji",
+    sticker_rate: RateOption = None,
     seed: Annotated[int, typer.Option(help="Same seed, same reply and sticker.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -77,12 +90,14 @@ def respond(
 
     dialogue = read_messages(messages)
     started = time.perf_counter()
-    from pegs.assemble import DEFAULT_MODEL, load_pipeline
+    from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
     from pegs.serving.respond import write_reply
 
     pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant)
+    check_rate(pipeline.model, sticker_rate)
     load_seconds = time.perf_counter() - started
-    response = write_reply(pipeline(dialogue, variant=variant, seed=seed), out, load_seconds)
+    reply = pipeline(dialogue, variant=variant, seed=seed, sticker_rate=sticker_rate)
+    response = write_reply(reply, out, load_seconds)
     if as_json:
         typer.echo(json.dumps(response, ensure_ascii=False))
     else:
@@ -97,21 +112,23 @@ def chat(
     model: ModelOption = "",
     variant: VariantOption = "ret",
     stickers: StickersOption = "openmoji",
+    sticker_rate: RateOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
 ) -> None:
     """Chat in the browser, or in the terminal."""
-    from pegs.assemble import DEFAULT_MODEL, load_pipeline
+    from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
 
     pipeline = load_pipeline(model or DEFAULT_MODEL, stickers)
+    check_rate(pipeline.model, sticker_rate)
     if terminal:
         from pegs.serving.terminal import run_terminal
 
-        run_terminal(pipeline, variant)
+        run_terminal(pipeline, variant, sticker_rate)
     else:
         from pegs.serving.chat import serve_chat
 
-        serve_chat(pipeline, variant, host, port)
+        serve_chat(pipeline, variant, host, port, sticker_rate)
 
 
 def main() -> None:

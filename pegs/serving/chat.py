@@ -27,15 +27,17 @@ EXAMPLES = [
 ]
 
 
-def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
+def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None = None) -> gr.Blocks:
     """
-    The chat page: text, an uploaded picture or a sticker picked from the pack, variant switch, seed, undo, clear.
+    The chat page: text, an uploaded picture or a sticker picked from the pack, variant switch, how often a sticker comes, seed, undo, clear.
 
     A conversation lives in its browser session alone; the pipeline keeps nothing of it.
 
     Args:
         pipeline ([`PegsPipeline`]): Answers.
         variant (`str`): Which variant is chosen at first.
+        sticker_rate (`float`, *optional*): Share of replies with a sticker at first, defaults to the model's. A model that was not calibrated for rates has no
+            slider for it.
 
     Returns:
         `gr.Blocks`: Ready to `launch`.
@@ -45,6 +47,9 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
     shelves: dict[str, list[str]] = {}
     for sticker in pack.stickers:
         shelves.setdefault(sticker.emotion or sticker.theme or "stickers", []).append(sticker.id)
+    settings = pipeline.model.generation_config
+    calibrated = getattr(settings, "sticker_logit_quantiles", None) is not None
+    usual = getattr(settings, "sticker_rate", 0.5) if sticker_rate is None else sticker_rate
     choices = VARIANTS if pipeline.decoder is not None else VARIANTS[:1]
 
     def send(
@@ -53,6 +58,7 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
         picked: str | None,
         history: list[dict],
         kind: str,
+        rate: float,
         seed: float,
         shown: list[dict],
     ):
@@ -78,7 +84,13 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
         shown = [*shown, *show_user(text, picture)]
         yield shown, history, "", None, None
         try:
-            reply = pipeline(messages, variant=kind, seed=int(seed or 0) + len(messages), exclude=sent)
+            reply = pipeline(
+                messages,
+                variant=kind,
+                seed=int(seed or 0) + len(messages),
+                exclude=sent,
+                sticker_rate=rate if calibrated else None,
+            )
         except InputError as error:
             raise gr.Error(str(error)) from None
         answer = [{"type": "text", "text": reply.text}]
@@ -146,6 +158,9 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
                 gr.Markdown(f"Stickers: {pack.info.attribution}", elem_id="attribution")
             with gr.Column(scale=1, min_width=280):
                 kind = gr.Radio(choices, value=variant if pipeline.decoder else "ret", label="Sticker")
+                rate = gr.Slider(
+                    0, 1, value=usual, step=0.05, label="How often a sticker comes", visible=calibrated, elem_id="rate"
+                )
                 seed = gr.Number(0, label="Seed", precision=0)
                 with gr.Row():
                     undo_button, clear_button = gr.Button("Undo"), gr.Button("Clear")
@@ -170,7 +185,7 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
         page.load(thumbnails, shelf, gallery)
         shelf.change(thumbnails, shelf, gallery)
         gallery.select(pick, shelf, picked)
-        inputs = [box, upload, picked, history, kind, seed, chatbot]
+        inputs = [box, upload, picked, history, kind, rate, seed, chatbot]
         outputs = [chatbot, history, box, upload, picked]
         for event in (box.submit, button.click):
             event(send, inputs, outputs)
@@ -179,7 +194,7 @@ def build_chat(pipeline: PegsPipeline, variant: str) -> gr.Blocks:
     return page
 
 
-def serve_chat(pipeline: PegsPipeline, variant: str, host: str, port: int) -> None:
+def serve_chat(pipeline: PegsPipeline, variant: str, host: str, port: int, sticker_rate: float | None = None) -> None:
     """
     Serve the chat page until interrupted; it is never shared publicly.
 
@@ -188,12 +203,13 @@ def serve_chat(pipeline: PegsPipeline, variant: str, host: str, port: int) -> No
         variant (`str`): Which variant is chosen at first.
         host (`str`): Address to listen on.
         port (`int`): Port to listen on.
+        sticker_rate (`float`, *optional*): Share of replies with a sticker at first.
 
     Raises:
         InputError: If the port is taken.
 
     """
-    page = build_chat(pipeline, variant)
+    page = build_chat(pipeline, variant, sticker_rate)
     try:
         page.launch(
             server_name=host,

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from modeling_pegs.processing_pegs import StickerImageError, load_sticker
 from pipelines.pipeline_pegs import PegsPipeline
@@ -12,13 +13,14 @@ from pipelines.pipeline_pegs import PegsPipeline
 HELP = "Type a message. /sticker FILE sends a picture with your next message, /clear starts over, /quit ends."
 
 
-def run_terminal(pipeline: PegsPipeline, variant: str) -> None:
+def run_terminal(pipeline: PegsPipeline, variant: str, sticker_rate: float | None = None) -> None:
     """
     Read messages from standard input until it ends or `/quit`; stickers are saved as PNG files, and their paths shown.
 
     Args:
         pipeline ([`PegsPipeline`]): Answers.
         variant (`str`): `"ret"`, `"gen"` or `"rag"`.
+        sticker_rate (`float`, *optional*): Share of replies with a sticker, defaults to the model's.
 
     """
     console = Console(highlight=False)
@@ -44,9 +46,9 @@ def run_terminal(pipeline: PegsPipeline, variant: str) -> None:
         elif line:
             messages.append({"role": "user", "content": [{"type": "text", "text": line}, *pending]})
             pending = []
-            reply = pipeline(messages, variant=variant, seed=len(messages), exclude=sent)
+            reply = pipeline(messages, variant=variant, seed=len(messages), exclude=sent, sticker_rate=sticker_rate)
             content: list[dict] = [{"type": "text", "text": reply.text}]
-            console.print(f"[bold]pegs[/bold] {reply.text}", markup=True)
+            console.print("[bold]pegs[/bold]", escape(reply.text))
             if reply.sticker is not None:
                 file = folder / f"sticker-{len(messages)}.png"
                 reply.sticker.save(file)

@@ -94,6 +94,16 @@ def test_a_message_gets_words_and_in_the_end_a_sticker(page):
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") >= 128
 
 
+def test_the_slider_says_how_often_a_sticker_comes(page):
+    for count, (rate, pictures) in enumerate(((0, 0), (1, 1)), start=1):
+        page.fill("#rate input[type=number]", str(rate))
+        page.keyboard.press("Tab")
+        send(page, "my cat is ill")
+        wait_for_reply(page, count)
+        page.wait_for_timeout(500)
+        assert page.locator("#chat .bot img").count() == pictures
+
+
 def test_a_picked_sticker_is_sent_and_undo_takes_it_back(page):
     page.get_by_text("Send a sticker of the pack").click()
     page.locator("#gallery button.thumbnail-item").first.click()

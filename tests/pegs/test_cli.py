@@ -49,6 +49,18 @@ def test_respond_repeats_itself_by_seed(messages, tmp_path, variant):
         assert Image.open(tmp_path / "one" / "sticker.png").mode == "RGBA"
 
 
+def test_the_rate_decides_on_the_sticker_and_not_on_the_words(messages, tmp_path):
+    answers = {}
+    for rate in (0, 0.999):
+        done = pegs("respond", messages, "--out", tmp_path / str(rate), "--sticker-rate", rate, "--seed", 3, "--json")
+        assert done.returncode == 0, done.stderr
+        answers[rate] = json.loads(done.stdout)
+    assert answers[0]["sticker"] is None and answers[0.999]["sticker"] == "sticker.png"
+    assert answers[0]["text"] == answers[0.999]["text"]
+    wrong = pegs("respond", messages, "--out", tmp_path / "out", "--sticker-rate", 1.5)
+    assert wrong.returncode == 2 and "--sticker-rate" in wrong.stderr
+
+
 def test_respond_is_fast_and_small_enough(messages, tmp_path):
     """Not a timing of anything: bounds a laptop can count on, four times what is measured."""
     started = time.monotonic()
