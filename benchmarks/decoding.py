@@ -1,10 +1,9 @@
 """
 Few steps against many, and what a reply with a sticker takes: one JSON line.
 
-    python benchmarks/decoding.py [--model checkpoints/pegs-mini] [--distilled DIR] [--teacher DIR] [--stickers 110] [--replies 12]
+    python benchmarks/decoding.py [--model checkpoints/pegs-mini] [--decoder DIR] [--against DIR] [--stickers 110] [--replies 12]
 
-`drawing`: the captions of held-out stickers, each drawn by the distilled decoder in 4 steps without guidance and by the decoder it was distilled from in 50 steps with
-guidance, in turn, one sticker a call, so that both meet the same machine. Seconds are medians of whole calls (denoiser, autoencoder, safety check); `denoising` leaves all
+`drawing`: the captions of held-out stickers, each drawn in 4 steps without guidance and in 50 steps with guidance, in turn, one sticker a call, so that both meet the same machine. Seconds are medians of whole calls (denoiser, autoencoder, safety check); `denoising` leaves all
 but the denoiser out. A drawing's emotion is named by the vote of the five nearest training stickers under PEGS' vision tower, which the decoder was not trained with; how often that
 judge is right about real held-out stickers is told beside it. `replies`: whole answers to test dialogues, text and sticker, with everything loaded.
 """
@@ -33,12 +32,10 @@ from pipelines.pipeline_sticker import StickerPipeline
 FEW, MANY, GUIDANCE = 4, 50, 2.5
 
 
-def load_decoder(folder: str, scheduler: str) -> StickerPipeline:
-    """A decoder in float32, with another scheduler if it is not saved with a fitting one."""
+def load_decoder(folder: str) -> StickerPipeline:
+    """A decoder in float32 with the scheduler that it is saved with."""
     decoder = StickerPipeline.from_pretrained(folder, dtype=torch.float32)
     decoder.set_progress_bar_config(disable=True)
-    if (type(decoder.scheduler).__name__ == "LCMScheduler") != (scheduler == "lcm"):
-        decoder.set_scheduler(scheduler)
     return decoder
 
 
@@ -134,19 +131,19 @@ def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="PEGS checkpoint: the judge, and what replies")
-    parser.add_argument("--distilled", help="decoder of few steps, default the model's")
-    parser.add_argument("--teacher", help="decoder that it was distilled from, default the model's")
+    parser.add_argument("--decoder", help="decoder of few steps, e.g. a distilled one; default the model's")
+    parser.add_argument("--against", help="decoder of many steps, default the model's")
     parser.add_argument("--stickers", type=int, default=110, help="how many held-out captions are drawn")
     parser.add_argument("--replies", type=int, default=12, help="how many dialogues are answered by each variant")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quiet_libraries()
     pegs = load_pipeline(args.model)
-    few = Drawer(load_decoder(args.distilled or args.model, "lcm"), num_inference_steps=FEW, guidance_scale=1.0)
-    many = Drawer(load_decoder(args.teacher or args.model, "ddim"), num_inference_steps=MANY, guidance_scale=GUIDANCE)
-    if args.distilled:
+    few = Drawer(load_decoder(args.decoder or args.model), num_inference_steps=FEW, guidance_scale=1.0)
+    many = Drawer(load_decoder(args.against or args.model), num_inference_steps=MANY, guidance_scale=GUIDANCE)
+    if args.decoder:
         pegs.decoder = few.decoder
-    decoders = {"distilled": args.distilled or args.model, "teacher": args.teacher or args.model}
+    decoders = {"few_steps_of": args.decoder or args.model, "many_steps_of": args.against or args.model}
     print(
         json.dumps(
             {

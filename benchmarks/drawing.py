@@ -1,10 +1,10 @@
 """
 How good the drawn stickers of a model are, one JSON line; contact sheets and `drawing.json` into the checkpoint, for its card.
 
-    python benchmarks/drawing.py [--model checkpoints/pegs-mini] [--teacher outputs/mini/decoder_unet/pipeline] [--turns 120]
+    python benchmarks/drawing.py [--model checkpoints/pegs-mini] [--turns 120]
 
-`captions`: the captions of the held-out stickers, drawn in few steps and in 20 and 50 of the decoder that the few were distilled from, beside the real stickers. `replies`:
-stickers for test turns where the gold reply has one, by Gen, RAG and Ret. What each figure is, [`measure_drawings`] says.
+`captions`: the captions of the held-out stickers, drawn as the model does by itself, and in 20 and 50 steps with guidance, beside the real stickers. `replies`: stickers for
+test turns where the gold reply has one, by Gen, RAG and Ret. What each figure is, [`measure_drawings`] says.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from pipelines.pipeline_sticker import StickerPipeline
 FOOTER = "Drawn by the mini decoder, trained on OpenMoji (CC BY-SA 4.0)"
 THINGS = ("cat face", "hugging face", "person raising hand", "sleeping face", "dog", "red heart")
 BATCH = 14
+GUIDANCE = 2.5
 
 
 def draw(decoder: StickerPipeline, states: torch.Tensor, seed: int, **settings) -> list[Image.Image]:
@@ -85,7 +86,6 @@ def main() -> None:
     """Print the figures and draw the sheets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
-    parser.add_argument("--teacher", help="decoder of many steps, if the model's is distilled from one")
     parser.add_argument("--turns", type=int, default=120, help="how many test turns are answered")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -102,17 +102,15 @@ def main() -> None:
     captions, emotions = [s.caption for s in held_out], [s.emotion for s in held_out]
     length = pegs.model.config.prompt_length
     states = encode_captions(captions, length)
-    few = pegs.decoder.config.default_num_inference_steps
-    drawn = {f"{few}_steps": draw(pegs.decoder, states, args.seed)}
-    if args.teacher:
-        teacher = StickerPipeline.from_pretrained(args.teacher, dtype=torch.float32)
-        teacher.set_progress_bar_config(disable=True)
-        for steps in (20, 50):
-            drawn[f"teacher_{steps}_steps"] = draw(teacher, states, args.seed, num_inference_steps=steps)
+    few = f"{pegs.decoder.config.default_num_inference_steps} steps"
+    drawn = {few: draw(pegs.decoder, states, args.seed)}
+    for steps in (20, 50):
+        name = f"{steps} steps, guidance {GUIDANCE}"
+        drawn[name] = draw(pegs.decoder, states, args.seed, num_inference_steps=steps, guidance_scale=GUIDANCE)
     figures: dict = {"benchmark": "drawing", "model": Path(args.model).name, "held_out": len(held_out)}
     figures["captions"] = {
         **{name: measure(images, emotions, captions) for name, images in drawn.items()},
-        "real_stickers": measure([pack.image(sticker.id) for sticker in held_out], emotions, captions),
+        "real stickers": measure([pack.image(sticker.id) for sticker in held_out], emotions, captions),
         "chance": {"emotion_agreement": round(max(map(emotions.count, EMOTIONS)) / len(emotions), 3), "caption_recall_at_10": 0.1},
     }  # fmt: skip
     replies, meant, about = draw_replies(pegs, args.turns, args.seed)
@@ -122,7 +120,7 @@ def main() -> None:
     assets = Path(args.model) / "assets"
     assets.mkdir(exist_ok=True)
     shown = choose_evenly(held_out, 6)
-    images = dict(zip([sticker.id for sticker in held_out], drawn[f"{few}_steps"], strict=True))
+    images = dict(zip([sticker.id for sticker in held_out], drawn[few], strict=True))
     labels = [f"{sticker.emotion}: {sticker.tags[0]}" for sticker in shown]
     sheet = contact_sheet([images[sticker.id] for sticker in shown], labels, columns=6, footer=FOOTER)
     sheet.save(assets / "held_out_42.png", optimize=True)

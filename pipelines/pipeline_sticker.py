@@ -76,8 +76,8 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         prompt_length (`int`, *optional*, defaults to 77): Number L of prompt embeddings.
         force_zeros_for_empty_prompt (`bool`, *optional*, defaults to `False`): Whether the unconditional embeddings are zeros, and zeros follow
             the end of a prompt.
-        default_num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a call that does not say; 4 for a distilled denoiser.
-        default_guidance_scale (`float`, *optional*, defaults to 2.5): Guidance of a call that does not say; 1 (off) for a distilled denoiser.
+        default_num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a call that does not say; few where the denoiser can do with few.
+        default_guidance_scale (`float`, *optional*, defaults to 2.5): Guidance of a call that does not say; 1 is off.
         default_num_candidates (`int`, *optional*, defaults to 1): Drawings among which [`PegsPipeline`] chooses one unless told otherwise.
 
     Raises:
@@ -142,6 +142,7 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             states.save_pretrained(folder / EMOTIONS_FOLDER)
         index = json.loads((folder / "model_index.json").read_text("utf-8"))
         index["_class_name"] = ["pipeline_sticker", "StickerPipeline"]
+        index.pop("_name_or_path", None)  # a place on this machine
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Stage `decoder_lcm`: consistency distillation (arXiv:2310.04378) of the mini decoder, so that four steps without guidance are enough."""
+"""Stage `decoder_lcm`: consistency distillation (arXiv:2310.04378), for a denoiser that needs many steps or guidance; the mini one does not."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ class DecoderLcmArguments(DecoderUnetArguments):
         teacher (`str`): Folder of the trained [`StickerPipeline`].
         guidance_scale (`float`): Classifier-free guidance of the teacher, which the student learns to do without.
         grid_steps (`int`): DDIM steps of the teacher from noise to picture.
-        num_inference_steps (`int`): The saved pipeline's number of steps.
         huber_c (`float`): Width of the pseudo-Huber loss.
 
     """
@@ -31,7 +30,6 @@ class DecoderLcmArguments(DecoderUnetArguments):
     teacher: str = ""
     guidance_scale: float = 2.5
     grid_steps: int = 20
-    num_inference_steps: int = 4
     huber_c: float = 0.001
 
 
