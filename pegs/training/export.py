@@ -48,6 +48,8 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
         if path.name not in ("README.md", "figures.json", "assets"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     pipeline = StickerPipeline.from_pretrained(decoder, dtype=torch.float16)
+    for part in (pipeline.unet, pipeline.vae):
+        part.register_to_config(_name_or_path="")  # a place on this machine
     things = [sticker.caption.rpartition(",")[0] for sticker in pack.split("train")]
     pipeline.emotion_states = EmotionStates.measure(partial(encode_captions, max_length=pipeline.config.prompt_length), things, EMOTIONS)  # fmt: skip
     pipeline.save_pretrained(folder)
