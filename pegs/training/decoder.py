@@ -154,6 +154,7 @@ class DecoderUnetArguments(LoopArguments):
             and a denoiser of two thousand drawings does not forgive that by itself.
         num_inference_steps (`int`): The saved pipeline's number of steps, without guidance: a caption leaves so little open that four steps of DDIM land
             where twenty with guidance do.
+        num_candidates (`int`): How many drawings of the saved pipeline a reply chooses from.
         snr_gamma (`float`): Min-SNR-gamma (arXiv:2303.09556), on SNR + 1: with zero terminal SNR the first step would else have no weight.
         ema_decay (`float`): Decay of the weights' moving average, which is what is saved.
         unet (`dict`): Arguments of `diffusers.UNet2DConditionModel`.
@@ -167,6 +168,7 @@ class DecoderUnetArguments(LoopArguments):
     drop_part: float = 0.1
     mapped_part: float = 0.5
     num_inference_steps: int = 4
+    num_candidates: int = 4
     snr_gamma: float = 5.0
     ema_decay: float = 0.9995
     unet: dict = field(default_factory=dict)
@@ -272,6 +274,7 @@ def train_unet(args: DecoderUnetArguments) -> None:
         force_zeros_for_empty_prompt=True,
         default_num_inference_steps=args.num_inference_steps,
         default_guidance_scale=1.0,
+        default_num_candidates=args.num_candidates,
     )
     pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
 
