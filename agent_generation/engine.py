@@ -271,7 +271,11 @@ class Engine:
             requests = next(steps)
             while True:
                 going = [self._answer(f"{name}/{asked + i}", request, spent) for i, request in enumerate(requests)]
-                answers = [await going[0]] if len(going) == 1 else await asyncio.gather(*going)
+                # where one request ends the run, the others are paid for all the same, and must arrive
+                answers = await asyncio.gather(*going, return_exceptions=True)
+                for answer in answers:
+                    if isinstance(answer, BaseException) and not isinstance(answer, AnswerError):
+                        raise answer
                 asked += len(requests)
                 requests = steps.send(answers)
         except StopIteration as stop:

