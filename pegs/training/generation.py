@@ -6,6 +6,7 @@ language model over the data.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,21 @@ def generation_hidden_states(
     return torch.cat(states)
 
 
+@torch.no_grad()
+def own_replies(model: PegsModel, processor: PegsProcessor, requests: list[str], batch_size: int) -> list[str]:
+    """What the model says to each request, greedily: a sticker comes after these words, and is drawn from what they left."""
+    replies = []
+    for start in range(0, len(requests), batch_size):
+        chunk = [[{"role": "user", "content": [{"type": "text", "text": r}]}] for r in requests[start : start + batch_size]]  # fmt: skip
+        inputs = processor.apply_chat_template(
+            chunk, add_generation_prompt=True, tokenize=True, return_tensors="pt"
+        ).to(model.device)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=40, sticker_bias=-math.inf)
+        new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+        replies += [processor.decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
+    return replies
+
+
 def sticker_requests(sticker: Sticker) -> list[str]:
     """Ways to ask for a sticker, by what its pack says of it."""
     return [sticker.caption, sticker.tags[0], sticker.description, ", ".join(sticker.tags[:3])]
@@ -110,12 +126,13 @@ def gather_drawn(model: PegsModel, processor: PegsProcessor, pack: StickerPack, 
     asked += [(name, name) for name in sorted(others)]
     if not cache.is_file():
         blank = pack.images[sent[0]]  # what the assistant sends comes after the span, so it cannot matter
+        replies = own_replies(model, processor, [request for request, _ in asked], 32)
         requests = [
             [
                 {"role": "user", "content": [{"type": "text", "text": request}]},
-                {"role": "assistant", "content": [{"type": "image", "image": blank}]},
+                {"role": "assistant", "content": [{"type": "text", "text": reply}, {"type": "image", "image": blank}]},
             ]
-            for request, _ in asked
+            for (request, _), reply in zip(asked, replies, strict=True)
         ]
         dialogues = [session_messages(session, pack) for session in sessions]
         long = generation_hidden_states(model, processor, dialogues, 4)
