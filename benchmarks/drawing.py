@@ -33,6 +33,7 @@ FOOTER = "Drawn by the mini decoder, trained on OpenMoji (CC BY-SA 4.0)"
 THINGS = ("cat face", "hugging face", "person raising hand", "sleeping face", "dog", "red heart")
 BATCH = 14
 GUIDANCE = 2.5
+COLORS = {"colors": 256, "method": Image.Quantize.MAXCOVERAGE}  # of a sheet, which makes it a quarter as large
 
 
 def draw(decoder: StickerPipeline, states: torch.Tensor, seed: int, **settings) -> list[Image.Image]:
@@ -123,10 +124,12 @@ def main() -> None:
     images = dict(zip([sticker.id for sticker in held_out], drawn[few], strict=True))
     labels = [f"{sticker.emotion}: {sticker.tags[0]}" for sticker in shown]
     sheet = contact_sheet([images[sticker.id] for sticker in shown], labels, columns=6, footer=FOOTER)
-    sheet.save(assets / "held_out_42.png", optimize=True)
+    sheet.quantize(**COLORS).save(assets / "held_out_42.png", optimize=True)
     asked = [f"{thing}, {emotion}" for thing in THINGS for emotion in EMOTIONS]
     grid = [image for row in encode_captions(asked, length).split(len(EMOTIONS)) for image in same_noise(pegs.decoder, row, args.seed)]  # fmt: skip
-    contact_sheet(grid, asked, columns=len(EMOTIONS), footer=FOOTER).save(assets / "emotions_42.png", optimize=True)
+    contact_sheet(grid, asked, columns=len(EMOTIONS), footer=FOOTER).quantize(**COLORS).save(
+        assets / "emotions_42.png", optimize=True
+    )
     (Path(args.model) / "drawing.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     print(json.dumps(figures))
 

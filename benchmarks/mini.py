@@ -34,6 +34,9 @@ from pegs.training.text_states import embed_sentences
 from pipelines.pipeline_pegs import PegsPipeline
 
 
+COLORS = {"colors": 256, "method": Image.Quantize.MAXCOVERAGE}  # of a sheet, which makes it a quarter as large
+
+
 def text_only(messages: list[dict]) -> list[dict]:
     """The dialogue without its stickers."""
     return [{**m, "content": [part for part in m["content"] if part["type"] == "text"]} for m in messages]
@@ -218,7 +221,7 @@ def main() -> None:
     figures["drawn_emotion_macro_accuracy"] = macro(drawn_hits, names, golds)
     assets = Path(args.model) / "assets"
     assets.mkdir(exist_ok=True)
-    draw_request_sheet(pipeline, seed).save(assets / "drawn_42.png", optimize=True)
+    draw_request_sheet(pipeline, seed).quantize(**COLORS).save(assets / "drawn_42.png", optimize=True)
     print(json.dumps(figures))
     rng = random.Random(seed)
     with (assets / "replies.jsonl").open("w", encoding="utf-8") as file:
