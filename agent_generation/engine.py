@@ -41,6 +41,10 @@ class BudgetError(RuntimeError):
     """The next request could pass the budget; run again with a larger one to go on."""
 
 
+ENDS_A_RUN = (ModelError, BudgetError, JournalError)
+"""Errors that end a whole run and that its user must hear of; what was answered is kept."""
+
+
 @dataclass(frozen=True)
 class Prices:
     """US dollars for a million tokens."""

@@ -3,7 +3,8 @@ Few steps against many, and what a reply with a sticker takes: one JSON line.
 
     python benchmarks/decoding.py [--model checkpoints/pegs-mini] [--decoder DIR] [--against DIR] [--stickers 110] [--replies 12]
 
-`drawing`: the captions of held-out stickers, each drawn in 4 steps without guidance and in 50 steps with guidance, in turn, one sticker a call, so that both meet the same machine. Seconds are medians of whole calls (denoiser, autoencoder, safety check); `denoising` leaves all
+`drawing`: the captions of held-out stickers, each drawn in 4 steps without guidance and in 50 steps with guidance, in turn, one sticker a call, so that both meet the same
+machine. Seconds are medians of whole calls (denoiser, autoencoder, safety check); `denoising` leaves all
 but the denoiser out. A drawing's emotion is named by the vote of the five nearest training stickers under PEGS' vision tower, which the decoder was not trained with; how often that
 judge is right about real held-out stickers is told beside it. `replies`: whole answers to test dialogues, text and sticker, with everything loaded.
 """

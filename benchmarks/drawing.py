@@ -19,32 +19,18 @@ from PIL import Image
 from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.encoder import TextEncoder
-from dataset_builders.stickers.sheet import contact_sheet
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
-from pegs.evaluation.drawing import DrawingJudge, choose_evenly, measure_drawings, to_pixels
+from pegs.evaluation.drawing import DrawingJudge, choose_evenly, draw_all, measure_drawings, save_sheet, to_pixels
+from pegs.evaluation.predict import system_turns
 from pegs.quiet import quiet_libraries
-from pegs.training.dialogues import turn_contexts
 from pegs.training.text_states import encode_captions
 from pipelines.pipeline_pegs import PegsPipeline
 from pipelines.pipeline_sticker import StickerPipeline
 
 
-FOOTER = "Drawn by the mini decoder, trained on OpenMoji (CC BY-SA 4.0)"
 THINGS = ("cat face", "hugging face", "person raising hand", "sleeping face", "dog", "red heart")
 BATCH = 14
 GUIDANCE = 2.5
-COLORS = {"colors": 256, "method": Image.Quantize.MAXCOVERAGE}  # of a sheet, which makes it a quarter as large
-
-
-def draw(decoder: StickerPipeline, states: torch.Tensor, seed: int, **settings) -> list[Image.Image]:
-    """One sticker for each of `states` `(N, L, D)`, sticker `i` from seed `seed + i`."""
-    images = []
-    for start in range(0, len(states), BATCH):
-        part = slice(start, start + BATCH)
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(states))[part]]
-        own = {name: value[part] if torch.is_tensor(value) else value for name, value in settings.items()}
-        images += decoder(prompt_embeds=states[part], generator=generators, **own).images
-    return images
 
 
 def sticker_outputs(pegs: PegsPipeline, contexts: Sequence[list[dict]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,22 +50,17 @@ def draw_replies(
     pegs: PegsPipeline, count: int, seed: int
 ) -> tuple[dict[str, list[Image.Image]], list[str], list[str]]:
     """Stickers by variant for test turns, with the gold stickers' emotions and captions."""
-    turns = [
-        (context, turn.system.sticker)
-        for session in load_mini("test")
-        for turn, context in zip(session.turns, turn_contexts(session, pegs.pack), strict=True)
-        if turn.system.sticker is not None
-    ]
+    turns = [turn for turn in system_turns(load_mini("test"), pegs.pack) if turn.turn.system.sticker is not None]
     chosen = turns[:: max(1, len(turns) // count)][:count]
-    queries, states = sticker_outputs(pegs, [context for context, _ in chosen])
+    queries, states = sticker_outputs(pegs, [turn.context for turn in chosen])
     nearest = [pegs.retrieve(query, 1) for query in queries]
     over = torch.cat([pegs.mix_latents(found) for found in nearest])
     images = {
-        "gen": draw(pegs.decoder, states, seed),
-        "rag": draw(pegs.decoder, states, seed, init_image=over, strength=0.6),
+        "gen": draw_all(pegs.decoder, states, seed),
+        "rag": draw_all(pegs.decoder, states, seed, init_image=over, strength=0.6),
         "ret": [pegs.pack.image(found[0].id) for found in nearest],
     }
-    gold = [pegs.pack.by_id[sticker.id] for _, sticker in chosen]
+    gold = [pegs.pack.by_id[turn.turn.system.sticker.id] for turn in chosen]
     return images, [sticker.emotion for sticker in gold], [sticker.caption for sticker in gold]
 
 
@@ -104,10 +85,10 @@ def main() -> None:
     length = pegs.model.config.prompt_length
     states = encode_captions(captions, length)
     few = f"{pegs.decoder.config.default_num_inference_steps} steps"
-    drawn = {few: draw(pegs.decoder, states, args.seed)}
+    drawn = {few: draw_all(pegs.decoder, states, args.seed)}
     for steps in (20, 50):
         name = f"{steps} steps, guidance {GUIDANCE}"
-        drawn[name] = draw(pegs.decoder, states, args.seed, num_inference_steps=steps, guidance_scale=GUIDANCE)
+        drawn[name] = draw_all(pegs.decoder, states, args.seed, num_inference_steps=steps, guidance_scale=GUIDANCE)
     figures: dict = {"benchmark": "drawing", "model": Path(args.model).name, "held_out": len(held_out)}
     figures["captions"] = {
         **{name: measure(images, emotions, captions) for name, images in drawn.items()},
@@ -119,17 +100,13 @@ def main() -> None:
     figures["replies"] = {name: measure(images, meant, about) for name, images in replies.items()}
 
     assets = Path(args.model) / "assets"
-    assets.mkdir(exist_ok=True)
     shown = choose_evenly(held_out, 6)
     images = dict(zip([sticker.id for sticker in held_out], drawn[few], strict=True))
     labels = [f"{sticker.emotion}: {sticker.tags[0]}" for sticker in shown]
-    sheet = contact_sheet([images[sticker.id] for sticker in shown], labels, columns=6, footer=FOOTER)
-    sheet.quantize(**COLORS).save(assets / "held_out_42.png", optimize=True)
+    save_sheet([images[sticker.id] for sticker in shown], labels, 6, assets / "held_out_42.png")
     asked = [f"{thing}, {emotion}" for thing in THINGS for emotion in EMOTIONS]
     grid = [image for row in encode_captions(asked, length).split(len(EMOTIONS)) for image in same_noise(pegs.decoder, row, args.seed)]  # fmt: skip
-    contact_sheet(grid, asked, columns=len(EMOTIONS), footer=FOOTER).quantize(**COLORS).save(
-        assets / "emotions_42.png", optimize=True
-    )
+    save_sheet(grid, asked, len(EMOTIONS), assets / "emotions_42.png")
     (Path(args.model) / "drawing.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     print(json.dumps(figures))
 

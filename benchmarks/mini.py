@@ -13,18 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from dataset_builders.schema import EMOTIONS, Session
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.pack import StickerPack
-from dataset_builders.stickers.sheet import contact_sheet
 from hub_cards.cards import render_card
 from modeling_pegs import PegsConfig
 from modeling_pegs.backbones import find_language_model
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
-from pegs.evaluation.drawing import DrawingJudge
+from pegs.evaluation.drawing import DrawingJudge, draw_all, save_sheet
 from pegs.evaluation.multimodal import average_precision
 from pegs.evaluation.results import Columns, Metric, Statistic, divide, mean_of, measure
 from pegs.quiet import quiet_libraries
@@ -32,9 +30,6 @@ from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import session_messages, turn_contexts
 from pegs.training.text_states import embed_sentences
 from pipelines.pipeline_pegs import PegsPipeline
-
-
-COLORS = {"colors": 256, "method": Image.Quantize.MAXCOVERAGE}  # of a sheet, which makes it a quarter as large
 
 
 def text_only(messages: list[dict]) -> list[dict]:
@@ -162,6 +157,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     quiet_libraries()
+    drawing = json.loads(
+        (Path(args.model) / "drawing.json").read_text("utf-8")
+    )  # of benchmarks/drawing.py, for the card
     base = find_language_model(PegsConfig.from_pretrained(args.model).language_model)
     pipeline = load_pipeline(args.model)
     pack, seed = pipeline.pack, args.seeds[0]
@@ -207,11 +205,7 @@ def main() -> None:
     verdicts = judge.name_emotions(judge.embed([pack.image(s.id) for s in test]))
     right = [verdict == sticker.emotion for verdict, sticker in zip(verdicts, test, strict=True)]
     figures["judge_accuracy_on_held_out_stickers"] = round(sum(right) / len(right), 4)
-    drawn = []
-    for start in range(0, len(forced), 16):
-        chunk = torch.stack([reply["prompt_embeds"] for reply in forced[start : start + 16]])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
-        drawn += pipeline.decoder(prompt_embeds=chunk, generator=generators).images
+    drawn = draw_all(pipeline.decoder, torch.stack([reply["prompt_embeds"] for reply in forced]), seed)
     verdicts = judge.name_emotions(judge.embed(drawn))
     drawn_hits: dict[str, list[float]] = {
         "pegs": [verdict == gold for verdict, gold in zip(verdicts, golds, strict=True)],
@@ -220,8 +214,7 @@ def main() -> None:
     figures["drawn_emotion_accuracy"] = means(drawn_hits, names)
     figures["drawn_emotion_macro_accuracy"] = macro(drawn_hits, names, golds)
     assets = Path(args.model) / "assets"
-    assets.mkdir(exist_ok=True)
-    draw_request_sheet(pipeline, seed).quantize(**COLORS).save(assets / "drawn_42.png", optimize=True)
+    draw_request_sheet(pipeline, seed, assets / "drawn_42.png")
     print(json.dumps(figures))
     rng = random.Random(seed)
     with (assets / "replies.jsonl").open("w", encoding="utf-8") as file:
@@ -231,26 +224,18 @@ def main() -> None:
             row = {"user": turns[i]["user"], "reply": reply["text"], "sticker": nearest}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (Path(args.model) / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-    drawing = json.loads((Path(args.model) / "drawing.json").read_text("utf-8"))
     card = render_card("model_card", figures=figures, drawing=drawing)
     (Path(args.model) / "README.md").write_text(card, "utf-8")
 
 
-def draw_request_sheet(pipeline: PegsPipeline, seed: int) -> Image.Image:
+def draw_request_sheet(pipeline: PegsPipeline, seed: int, file: Path) -> None:
     """Six stickers an emotion, drawn by PEGS on request: the user describes a sticker of the pack, PEGS draws what it understood."""
     rng = random.Random(seed)
     chosen = [s for e in EMOTIONS for s in rng.sample([s for s in pipeline.pack.split("train") if s.emotion == e], 6)]
     turns = [{"context": [{"role": "user", "content": [{"type": "text", "text": s.caption}]}]} for s in chosen]
     replies = generate(pipeline, turns, seed, sticker_bias=math.inf, do_sample=False)
-    images = []
-    for start in range(0, len(replies), 14):
-        chunk = torch.stack([reply["prompt_embeds"] for reply in replies[start : start + 14]])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
-        images += pipeline.decoder(prompt_embeds=chunk, generator=generators).images
-    labels = [f"{s.emotion}: {s.tags[0]}" for s in chosen]
-    return contact_sheet(
-        images, labels, columns=6, footer="Drawn by the mini decoder, trained on OpenMoji (CC BY-SA 4.0)"
-    )
+    images = draw_all(pipeline.decoder, torch.stack([reply["prompt_embeds"] for reply in replies]), seed)
+    save_sheet(images, [f"{s.emotion}: {s.tags[0]}" for s in chosen], 6, file)
 
 
 if __name__ == "__main__":

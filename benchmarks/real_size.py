@@ -15,13 +15,14 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_pegs import PegsConfig, PegsModel
+from pegs.training.language import freeze_except
 
 
 SEEN, SENT = 4, 2
 
 
 def make_model(path: str, device: str) -> PegsModel:
-    """The model of a configuration file with random weights: what is frozen in bfloat16, what is trained in float32."""
+    """The model of a configuration file with random weights: all in bfloat16."""
     with open(path, encoding="utf-8") as file:
         values = yaml.safe_load(file)
     text_config = LlamaConfig(intermediate_size=11008, tie_word_embeddings=False)  # the other defaults are Llama 7B's
@@ -33,18 +34,6 @@ def make_model(path: str, device: str) -> PegsModel:
     finally:
         torch.set_default_dtype(torch.float32)
     return model
-
-
-def freeze(model: PegsModel, prefixes: list[str]) -> dict[str, int]:
-    """Leave only the parameters under `prefixes` trainable, in float32; returns how many each names."""
-    counts = dict.fromkeys(prefixes, 0)
-    for name, parameter in model.named_parameters():
-        found = [p for p in prefixes if (".lora_" in name if p == "lora" else name.startswith(p))]
-        parameter.requires_grad_(bool(found))
-        if found:
-            parameter.data = parameter.data.float()
-            counts[found[0]] += parameter.numel()
-    return counts
 
 
 def make_batch(config: PegsConfig, batch: int, length: int, device: str) -> dict[str, torch.Tensor]:
@@ -87,10 +76,12 @@ def main() -> None:
         stage = yaml.safe_load(file)
     started = time.perf_counter()
     model = make_model(args.model, args.device)
-    trained = freeze(model, stage["trainable"])
+    trained = freeze_except(model, stage["trainable"])
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for parameter in weights:
+        parameter.data = parameter.data.float()
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5)
     batch = make_batch(model.config, args.batch, args.length, args.device)
     made = time.perf_counter() - started

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agent_generation.batch_api import BatchLLM
-from agent_generation.engine import BudgetError, Engine, Journal, JournalError, Outcome, Prices
-from agent_generation.llm import LLM, ROLES, ModelError, OpenAILLM
+from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Prices
+from agent_generation.llm import LLM, ROLES, OpenAILLM
 from agent_generation.profile import ProfileError, generate_profiles, normalise_emotion, read_profiles, write_profiles
 from agent_generation.run import (
     Run,
@@ -226,7 +226,7 @@ def told_plainly() -> Iterator[None]:
     """Errors that end a run, as one line."""
     try:
         yield
-    except (ModelError, BudgetError, JournalError, RunError) as error:
+    except (*ENDS_A_RUN, RunError) as error:
         raise InputError(str(error)) from error
 
 

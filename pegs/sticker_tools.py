@@ -11,9 +11,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from agent_generation.engine import BudgetError, Engine, Journal, JournalError, Outcome, Prices, Steps
+from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Prices, Steps
 from agent_generation.engine import Progress as Done
-from agent_generation.llm import ModelError, OpenAILLM
+from agent_generation.llm import OpenAILLM
 from agent_generation.tool import annotate_by_neighbours, annotate_sticker, apply_knowledge, filter_sticker
 from dataset_builders.schema import EMOTIONS, Sticker
 from dataset_builders.stickers.pack import StickerPack
@@ -74,7 +74,7 @@ def ask_about(
             Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,
         ):
             return asyncio.run(run(journal, bar))
-    except (ModelError, BudgetError, JournalError) as error:
+    except ENDS_A_RUN as error:
         raise InputError(str(error)) from error
 
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from dataset_builders.schema import Message, Session
 from dataset_builders.stickers.encoder import TextEncoder
 from dataset_builders.stickers.pack import StickerPack
-from pegs.errors import InputError
 from pegs.evaluation.predict import Predictions, Reply, SystemTurn, candidates_of, first_unsent
 from pegs.training.text_states import encode_captions
 from pipelines.pipeline_sticker import StickerPipeline, StickerPipelineOutput
@@ -165,7 +164,6 @@ class StickerChooser:
 
     def __init__(self, replies: Predictions, pack: StickerPack, model: str, encoder: TextEncoder | None) -> None:
         self.replies, self.pack, self.model, self.encoder = replies, pack, model, encoder
-        self.by_key = {row.key: row for row in replies.rows}
         self.vectors: dict[str, np.ndarray] = {}
         if encoder is not None:
             captions = encoder([sticker.caption for sticker in pack.stickers])
@@ -180,11 +178,8 @@ class StickerChooser:
 
         """
         replies = []
-        for turn in turns:
-            key = f"{turn.session.session_id}/{turn.turn.turn}"
-            if key not in self.by_key:
-                raise InputError(f"--replies {self.replies.path}: has no turn {key}.")
-            said, gold = self.by_key[key].predicted, turn.turn.system
+        for turn, row in zip(turns, self.replies.replies_to(turns), strict=True):
+            said, gold = row.predicted, turn.turn.system
             reply = Reply(said.text)
             if said.sticker is not None:
                 reply.sticker_id = first_unsent(turn, self._ranked(turn, said.text, seed))
@@ -196,7 +191,7 @@ class StickerChooser:
     def _ranked(self, turn: SystemTurn, text: str, seed: int) -> list[str]:
         ids = candidates_of(turn.session, self.pack)
         if self.encoder is None:
-            random.Random(f"{seed}/{turn.session.session_id}/{turn.turn.turn}").shuffle(ids)
+            random.Random(f"{seed}/{turn.key}").shuffle(ids)
             return ids
         [query] = self.encoder([f"{turn.turn.user.text} {text}"])
         return sorted(ids, key=lambda sticker_id: -float(self.vectors[sticker_id] @ query))

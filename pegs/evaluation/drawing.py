@@ -1,20 +1,24 @@
 """How good drawn stickers are: their emotion, whether the caption is recognised, how they differ, and how near they are to the training art."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from dataset_builders.schema import EMOTIONS, Sticker
 from dataset_builders.stickers.pack import StickerPack
+from dataset_builders.stickers.sheet import contact_sheet
 from pegs.assemble import embed_pictures
+from pegs.evaluation.multimodal import vote_of_nearest
 from pipelines.pipeline_pegs import PegsPipeline
 
 
-VOTES = 5
 CHOICES, FOUND = 100, 10
+BATCH = 16
+FOOTER = "Drawn by the mini decoder, trained on OpenMoji (CC BY-SA 4.0)"
 
 
 @dataclass
@@ -45,9 +49,8 @@ class DrawingJudge:
         return torch.cat([self.pegs.embed_images(list(images[i : i + 32])) for i in range(0, len(images), 32)])
 
     def name_emotions(self, vectors: torch.Tensor) -> list[str]:
-        """Emotions of pictures by the vote of the nearest training stickers, from the pictures' vectors `(N, e)`; ties go to the nearer one."""
-        nearest = (vectors @ self.vectors.T).topk(VOTES).indices
-        return [Counter(self.emotions[i] for i in row).most_common(1)[0][0] for row in nearest.tolist()]
+        """Emotions of pictures by the vote of the nearest training stickers, from the pictures' vectors `(N, e)`."""
+        return [str(vote_of_nearest(row, self.emotions)) for row in (vectors @ self.vectors.T).numpy()]
 
 
 def rank_captions(pictures: torch.Tensor, captions: torch.Tensor) -> list[int]:
@@ -118,3 +121,21 @@ def measure_drawings(
 def choose_evenly(stickers: Sequence[Sticker], each: int) -> list[Sticker]:
     """The first `each` stickers of every emotion, in the order of the emotions."""
     return [s for emotion in EMOTIONS for s in [s for s in stickers if s.emotion == emotion][:each]]
+
+
+def draw_all(decoder: Any, states: torch.Tensor, seed: int, **settings: Any) -> list[Image.Image]:
+    """One sticker for each of `states` `(N, L, D)`, sticker `i` from seed `seed + i`; tensors among the settings have a row a sticker."""
+    images: list[Image.Image] = []
+    for start in range(0, len(states), BATCH):
+        part = slice(start, start + BATCH)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(states))[part]]
+        own = {name: value[part] if torch.is_tensor(value) else value for name, value in settings.items()}
+        images += decoder(prompt_embeds=states[part], generator=generators, **own).images
+    return images
+
+
+def save_sheet(images: list[Image.Image], labels: list[str], columns: int, file: Path) -> None:
+    """A contact sheet for a card, in 256 colours, which makes it a quarter as large."""
+    sheet = contact_sheet(images, labels, columns=columns, footer=FOOTER)
+    file.parent.mkdir(exist_ok=True)
+    sheet.quantize(colors=256, method=Image.Quantize.MAXCOVERAGE).save(file, optimize=True)

@@ -16,9 +16,9 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, create_model
 from scipy.stats import chi2, kendalltau
 
-from agent_generation.engine import BudgetError, Engine, Journal, JournalError, Outcome, Steps, most_prompt_tokens
+from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Steps, most_prompt_tokens
 from agent_generation.engine import Progress as Done
-from agent_generation.llm import ROLES, AnswerError, Form, ModelError, OpenAILLM, Request, RoleSettings
+from agent_generation.llm import ROLES, AnswerError, Form, OpenAILLM, Request, RoleSettings
 from agent_generation.tool import annotate_sticker, picture_part
 from dataset_builders.stickers.pack import StickerPack
 from pegs.errors import InputError
@@ -324,7 +324,7 @@ def run_judge(
     try:
         with closing(Journal(journal_path)) as journal:
             described, outcomes, done = asyncio.run(run(journal))
-    except (ModelError, BudgetError, JournalError) as error:
+    except ENDS_A_RUN as error:
         raise InputError(str(error)) from error
     cost = {
         "calls": done.calls,

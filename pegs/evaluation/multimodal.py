@@ -269,6 +269,12 @@ def diversity_of(vectors: Sequence[np.ndarray | None]) -> Statistic:
     return statistic
 
 
+def vote_of_nearest(similarities: np.ndarray, emotions: Sequence[str | None]) -> str | None:
+    """What most of the [`VOTES`] nearest say, of ties what the nearer say first; from the similarities `(n,)` to stickers of these emotions."""
+    nearest = np.argsort(-similarities, kind="stable")[:VOTES]
+    return Counter(emotions[row] for row in nearest).most_common(1)[0][0]
+
+
 class EmotionVote:
     """
     Emotion of a drawn sticker: the vote of the nearest annotated stickers of the pack, which are embedded when the first is asked for.
@@ -291,8 +297,7 @@ class EmotionVote:
         if self.vectors is None:
             images = [load_sticker(self.pack.image(sticker.id)) for sticker in self.known]
             self.vectors = np.stack(_in_batches(self.tower.embed_images, images))
-        nearest = np.argsort(-(self.vectors @ vector), kind="stable")[:VOTES]
-        return Counter(self.known[row].emotion for row in nearest).most_common(1)[0][0]
+        return vote_of_nearest(self.vectors @ vector, [sticker.emotion for sticker in self.known])
 
 
 def evaluate_multimodal(run: Predictions, embedded: Embedded, vote: EmotionVote) -> Result:

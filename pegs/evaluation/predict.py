@@ -101,10 +101,27 @@ class Predictions:
         """Of the file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
+    @cached_property
+    def by_key(self) -> dict[str, Prediction]:
+        """The rows by the names of their turns."""
+        return {row.key: row for row in self.rows}
+
     def only(self, keys: Sequence[str]) -> "Predictions":
         """The rows of some turns, in their order."""
-        by_key = {row.key: row for row in self.rows}
-        return Predictions(self.path, tuple(by_key[key] for key in keys))
+        return Predictions(self.path, tuple(self.by_key[key] for key in keys))
+
+    def replies_to(self, turns: Sequence["SystemTurn"]) -> list[Prediction]:
+        """
+        The rows of the turns, which another model repeats.
+
+        Raises:
+            InputError: If one is missing.
+
+        """
+        for turn in turns:
+            if turn.key not in self.by_key:
+                raise InputError(f"--replies {self.path}: has no turn {turn.key}.")
+        return [self.by_key[turn.key] for turn in turns]
 
     def picture_bytes(self, sticker: SentSticker, pack: StickerPack) -> bytes:
         """
@@ -199,6 +216,11 @@ class SystemTurn:
     session: Session
     turn: Turn
     context: list[dict]
+
+    @property
+    def key(self) -> str:
+        """Its name, as [`Prediction`] has it."""
+        return f"{self.session.session_id}/{self.turn.turn}"
 
 
 @dataclass
@@ -312,7 +334,7 @@ def run_predictions(
         file.seek(0, os.SEEK_END)
         for start in range(len(lines), len(turns), batch_size):
             batch = turns[start : start + batch_size]
-            replies = predictor(batch, seed_of(f"{seed}/{batch[0].session.session_id}/{batch[0].turn.turn}"))
+            replies = predictor(batch, seed_of(f"{seed}/{batch[0].key}"))
             rows = [_row(turn, reply, predictor.model, seed, pack, out) for turn, reply in zip(batch, replies, strict=True)]  # fmt: skip
             file.write(b"".join(row.model_dump_json(exclude_defaults=True).encode() + b"\n" for row in rows))
             file.flush()
@@ -334,7 +356,7 @@ def _check_same_run(out: Path, lines: Sequence[bytes], turns: Sequence[SystemTur
             row = Prediction.model_validate_json(line)
         except ValidationError as error:
             raise InputError(f"--out {out}:{number}: {describe(error)}") from None
-        found, expected = (row.key, row.model, row.seed), (f"{turn.session.session_id}/{turn.turn.turn}", model, seed)
+        found, expected = (row.key, row.model, row.seed), (turn.key, model, seed)
         for field, is_value, must_be in zip(("turn", "model", "seed"), found, expected, strict=True):
             if is_value != must_be:
                 raise InputError(f"--out {out}:{number}: {field}: this run has {must_be!r}, the file {is_value!r}; choose another file.")  # fmt: skip
@@ -413,7 +435,7 @@ class PegsPredictor:
     def __call__(self, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
         """Answer a batch of turns; see [`Predictor`]."""
         if self.words is not None:
-            return self._repeat(turns, seed)
+            return self._repeat(self.words, turns, seed)
         processor, model = self.pipeline.processor, self.pipeline.model
         inputs = processor.apply_chat_template(
             [turn.context for turn in turns], add_generation_prompt=True, tokenize=True, return_tensors="pt"
@@ -424,32 +446,31 @@ class PegsPredictor:
         new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
         replies = [Reply(processor.decode(ids, skip_special_tokens=True).strip()) for ids in new_ids]
         sending = output.sticker_mask.nonzero().flatten().tolist()
-        self._send(turns, replies, sending, output.sticker_queries, output.sticker_prompt_embeds, seed)
+        queries, prompt_embeds = output.sticker_queries, output.sticker_prompt_embeds
+        self._send(
+            turns,
+            replies,
+            sending,
+            None if queries is None else queries[sending],
+            None if prompt_embeds is None else prompt_embeds[sending],
+            seed,
+        )
         self._score_references(turns, replies)
         return replies
 
     @torch.no_grad()
-    def _repeat(self, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
+    def _repeat(self, words: Predictions, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
         """The words as they were, with stickers of this variant."""
-        assert self.words is not None
-        by_key = {row.key: row for row in self.words.rows}
-        keys = [f"{turn.session.session_id}/{turn.turn.turn}" for turn in turns]
-        if missing := [key for key in keys if key not in by_key]:
-            raise InputError(f"--replies {self.words.path}: has no turn {missing[0]}.")
-        rows = [by_key[key] for key in keys]
+        rows = words.replies_to(turns)
         replies = [Reply(r.predicted.text, None, None, r.gold_rank, r.candidates, r.sticker_logit) for r in rows]
         sending = [number for number, row in enumerate(rows) if row.predicted.sticker is not None]
         if not sending:
             return replies
         model = self.pipeline.model
         _, spans = self._after([turns[row] for row in sending], [replies[row].text for row in sending])
-        count, width = model.config.num_retrieval_tokens, model.config.prompt_dim
-        queries = torch.zeros(len(turns), model.config.retrieval_dim) if count else None
-        prompt_embeds = torch.zeros(len(turns), model.config.prompt_length, width)
-        if queries is not None:
-            queries[sending] = model.retrieval_head.embed_text(spans[:, :count]).float().cpu()
-        if self.variant != "ret":
-            prompt_embeds[sending] = model.feature_mapper(spans[:, count:]).float().cpu()
+        count = model.config.num_retrieval_tokens
+        queries = model.retrieval_head.embed_text(spans[:, :count]).float() if count else None
+        prompt_embeds = model.feature_mapper(spans[:, count:]).float() if self.variant != "ret" else None
         self._send(turns, replies, sending, queries, prompt_embeds, seed)
         return replies
 
@@ -462,13 +483,13 @@ class PegsPredictor:
         prompt_embeds: torch.Tensor | None,
         seed: int,
     ) -> None:
-        """Give the replies `sending` their stickers: drawn, or the nearest one of the session's database that was not sent before."""
+        """Give the replies `sending` their stickers, by a row of `queries` and `prompt_embeds` each: drawn, or the nearest one that was not sent before."""
         best = {}
         if queries is not None:
-            for row in sending:
-                best[row] = first_unsent(turns[row], self._ranked(turns[row].session, queries[row]))
+            for row, query in zip(sending, queries, strict=True):
+                best[row] = first_unsent(turns[row], self._ranked(turns[row].session, query))
         if self.variant != "ret" and sending:
-            self._draw(turns, replies, sending, prompt_embeds, best, seed)
+            self._draw(replies, sending, prompt_embeds, best, seed)
         for row in sending:
             if replies[row].drawn is None and row in best:
                 replies[row].sticker_id = best[row]
@@ -481,7 +502,6 @@ class PegsPredictor:
 
     def _draw(
         self,
-        turns: Sequence[SystemTurn],
         replies: Sequence[Reply],
         sending: Sequence[int],
         prompt_embeds: torch.Tensor | None,
@@ -491,7 +511,7 @@ class PegsPredictor:
         """Draw the stickers of a batch; one that the safety check blocks is left out."""
         assert prompt_embeds is not None
         drawn = self.pipeline.decoder(
-            prompt_embeds=prompt_embeds[sending],
+            prompt_embeds=prompt_embeds,
             init_image=[self.pack.image(best[row]) for row in sending] if self.variant == "rag" else None,
             generator=[torch.Generator().manual_seed((seed + row) % 2**31) for row in sending],
         )

@@ -174,6 +174,15 @@ class DecoderUnetArguments(LoopArguments):
     unet: dict = field(default_factory=dict)
     init_from: str = ""
 
+    @property
+    def defaults(self) -> dict[str, float]:
+        """How the saved pipeline draws unless told otherwise."""
+        return {
+            "default_num_inference_steps": self.num_inference_steps,
+            "default_guidance_scale": 1.0,
+            "default_num_candidates": self.num_candidates,
+        }
+
 
 class ConditionedLatents(Dataset):
     """
@@ -272,9 +281,7 @@ def train_unet(args: DecoderUnetArguments) -> None:
         scheduler,
         prompt_length=dataset.states.shape[1],
         force_zeros_for_empty_prompt=True,
-        default_num_inference_steps=args.num_inference_steps,
-        default_guidance_scale=1.0,
-        default_num_candidates=args.num_candidates,
+        **args.defaults,
     )
     pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
 

@@ -137,6 +137,5 @@ def train_lcm(args: DecoderLcmArguments) -> None:
     student = train_loop(args, student, dataset, loss_fn, [average])
     average.copy_to(student.parameters())
     config = {name: pipeline.config[name] for name in ("prompt_length", "force_zeros_for_empty_prompt")}
-    config |= {"default_num_inference_steps": args.num_inference_steps, "default_guidance_scale": 1.0}
-    fast = StickerPipeline(pipeline.vae, student, scheduler, **config)
+    fast = StickerPipeline(pipeline.vae, student, scheduler, **config, **args.defaults)
     fast.save_pretrained(Path(args.output_dir) / "pipeline")

@@ -45,7 +45,7 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
     """
     folder = Path(out)
     for path in folder.glob("*"):
-        if path.name not in ("README.md", "figures.json", "assets"):
+        if path.name not in ("README.md", "figures.json", "drawing.json", "assets"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     pipeline = StickerPipeline.from_pretrained(decoder, dtype=torch.float16)
     for part in (pipeline.unet, pipeline.vae):

@@ -460,9 +460,12 @@ def last_whole_checkpoint(folder: str) -> str | None:
     return None
 
 
-def freeze_except(model: torch.nn.Module, prefixes: list[str]) -> None:
+def freeze_except(model: torch.nn.Module, prefixes: list[str]) -> dict[str, int]:
     """
     Leave only the parameters under `prefixes` trainable; `lora` stands for the language model's LoRA weights.
+
+    Returns:
+        `dict[str, int]`: How many parameters each prefix names.
 
     Raises:
         ValueError: If a prefix names no parameter.
@@ -478,3 +481,4 @@ def freeze_except(model: torch.nn.Module, prefixes: list[str]) -> None:
         if not count:
             raise ValueError(f"`trainable` {prefix!r} names no parameter.")
     logger.info("trainable parameters: %s", found)
+    return found

@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset, Subset
+
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +63,7 @@ def train_loop(
     model: torch.nn.Module,
     dataset: Dataset,
     loss_fn: Callable[[torch.nn.Module, dict | torch.Tensor, torch.Generator], torch.Tensor],
-    averages: Sequence[EMAModel] = (),
+    averages: Sequence["EMAModel"] = (),
 ) -> torch.nn.Module:
     """
     Train `model` for `args.max_steps` steps, bf16 autocast, resuming from `args.output_dir/state` if a run was cut.
