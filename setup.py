@@ -34,7 +34,7 @@ setup(
         "huggingface_hub>=2.4",
         "jinja2>=3.1",
         "llguidance>=1.9",
-        "openai>=3",
+        "openai[aiohttp]>=3",
         "peft>=0.21",
         "pillow>=11",
         "pyarrow>=20",

@@ -19,9 +19,18 @@ from agent_generation.llm import LLM, AnswerError, ModelError, Reply, Request, s
 
 @dataclass(frozen=True)
 class Embedding:
-    """A request for vectors of texts: computed here, so neither journaled nor paid; the answer has shape `(len(texts), d)`."""
+    """
+    A request for vectors of texts: computed here, so neither journaled nor paid; the answer has shape `(len(texts), d)`.
+
+    Args:
+        texts (`tuple[str, ...]`): What to embed.
+        ahead (`bool`, *optional*, defaults to `False`): They are wanted later: the answer is `None` and comes at once, and the vectors are computed
+            when nobody waits for others.
+
+    """
 
     texts: tuple[str, ...]
+    ahead: bool = False
 
 
 Steps = Generator[Sequence[Request | Embedding], list[Any], dict]
@@ -291,7 +300,8 @@ class Engine:
         """The parsed answer, or the [`AnswerError`] of the last attempt."""
         if isinstance(request, Embedding):
             assert self.embedder is not None
-            return await self.embedder.embed(request.texts)
+            vectors = self.embedder.embed(request)
+            return None if request.ahead else await vectors
         failure = AnswerError("not asked")
         for attempt in range(self.attempts):
             self.progress.retried += attempt > 0
@@ -345,30 +355,31 @@ class Embedder:
     Embeds what tasks ask for in few batches, in a thread: while one batch is computed, the next gathers.
 
     Args:
-        encode (`Callable`): Gives the vectors of texts.
-        batch_size (`int`, *optional*, defaults to 64): Texts of a batch, about.
+        encode (`Callable`): Gives the vectors of texts, and remembers those of texts that were wanted ahead.
+        batch_size (`int`, *optional*, defaults to 24): Texts of a batch, about.
 
     """
 
-    def __init__(self, encode: Encode, batch_size: int = 64) -> None:
+    def __init__(self, encode: Encode, batch_size: int = 24) -> None:
         self.encode, self.batch_size = encode, batch_size
         self.waiting: deque[tuple[tuple[str, ...], asyncio.Future]] = deque()
+        self.ahead: deque[tuple[tuple[str, ...], asyncio.Future]] = deque()
         self.worker: asyncio.Task | None = None
         self.thread = ThreadPoolExecutor(1)  # one and the same: torch starts a pool of its own under every thread
 
-    async def embed(self, texts: tuple[str, ...]) -> np.ndarray:
-        """Vectors of texts, of shape `(len(texts), d)`."""
+    def embed(self, request: Embedding) -> asyncio.Future:
+        """Vectors of a request's texts, of shape `(len(texts), d)`."""
         answer = asyncio.get_running_loop().create_future()
-        self.waiting.append((texts, answer))
+        (self.ahead if request.ahead else self.waiting).append((request.texts, answer))
         if self.worker is None or self.worker.done():
             self.worker = asyncio.create_task(self._work())
-        return await answer
+        return answer
 
     async def _work(self) -> None:
-        while self.waiting:
+        while queue := self.waiting or self.ahead:
             batch: list[tuple[tuple[str, ...], asyncio.Future]] = []
-            while self.waiting and sum(len(texts) for texts, _ in batch) < self.batch_size:
-                batch.append(self.waiting.popleft())
+            while queue and sum(len(texts) for texts, _ in batch) < self.batch_size:
+                batch.append(queue.popleft())
             try:
                 loop, flat = asyncio.get_running_loop(), [text for texts, _ in batch for text in texts]
                 vectors = await loop.run_in_executor(self.thread, self.encode, flat)

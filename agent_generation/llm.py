@@ -4,17 +4,20 @@ import hashlib
 import json
 import os
 import re
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
+from httpx2 import URL
 from openai import (
     APIConnectionError,
     APIStatusError,
     AsyncOpenAI,
     AuthenticationError,
+    DefaultAioHttpClient,
     NotFoundError,
     OpenAIError,
     PermissionDeniedError,
@@ -188,7 +191,17 @@ class OpenAILLM:
     def client(self) -> AsyncOpenAI:
         """The client, with its connection pool."""
         key = self.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        return AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=self.max_retries, timeout=self.timeout)
+        url, headers = URL(self.base_url), {}
+        if url.userinfo:  # aiohttp takes one authorisation only
+            headers["Authorization"] = f"Basic {b64encode(url.userinfo).decode()}"
+        return AsyncOpenAI(
+            base_url=url.copy_with(userinfo=b""),
+            api_key=key,
+            default_headers=headers,
+            max_retries=self.max_retries,
+            timeout=self.timeout,
+            http_client=DefaultAioHttpClient(timeout=self.timeout),
+        )
 
     @property
     def address(self) -> str:
@@ -202,7 +215,8 @@ class OpenAILLM:
     async def ask(self, request: Request, seed: int) -> Reply:
         """Answer one request; see [`LLM`]."""
         try:
-            done = await self.client.chat.completions.create(**self.body(request, seed))
+            # as `chat.completions.create` does, without its walk through the body: that is a tenth of the client's work
+            done = await self.client.post("/chat/completions", body=self.body(request, seed), cast_to=ChatCompletion)
         except (OpenAIError, ValueError, TypeError) as error:
             raise self.explain(error) from None
         self.in_a_row = 0
@@ -271,6 +285,7 @@ class OpenAILLM:
         return re.sub(r"\b(?:(?:sk|key)[-_]|Bearer\s+)[\w*.-]{6,}", "***", text)
 
 
+@lru_cache
 def strict_schema(answer: type[BaseModel]) -> dict:
     """JSON schema of a form as OpenAI's strict mode wants it: all fields required, no others, no lengths of strings (they are checked here)."""
     schema = deepcopy(schema_of(answer))

@@ -83,7 +83,7 @@ class Agent:
     self_image: str = ""
     advice: str = ""
     stream: MemoryStream = field(default_factory=MemoryStream)
-    cue: str = ""  # what the other side just did
+    cue: str = ""  # what the other side just said
 
     @property
     def who(self) -> dict[str, str]:
@@ -132,7 +132,7 @@ class Dialogue:
                 if text is None:
                     break
                 sticker = yield from self._send_sticker(agent, turn, text)
-                self._show(agent, turn, Message(text=text, sticker=sticker))
+                yield from self._show(agent, turn, Message(text=text, sticker=sticker))
             if text is None:
                 ended_by = "repetition"
                 break
@@ -291,13 +291,15 @@ class Dialogue:
             return None
         return review.consistent == "yes"
 
-    def _show(self, agent: Agent, turn: int, message: Message) -> None:
+    def _show(self, agent: Agent, turn: int, message: Message) -> Part:
         """The message is sent: both sides observe it, and the other has something to answer."""
         self.lines.append((agent.role, message))
         observed = self._shown(agent.role, message, "observation")
         for observer in (self.user, self.system):
             observer.stream.observe(observed, turn)
-        (self.system if agent is self.user else self.user).cue = observed
+        (self.system if agent is self.user else self.user).cue = message.text
+        if turn < self.settings.max_turns - VIEW:  # it may have to be recalled
+            yield [Embedding((observed,), ahead=True)]
 
     def _review(self, turn: int) -> Part:
         """Every two turns: the manager reviews the dialogue, while both sides rate what they observed and reflect if it was much."""
@@ -332,3 +334,4 @@ class Dialogue:
             agent.self_image = answer.self_image
             for insight in answer.insights:
                 agent.stream.understand(insight.text, turn, insight.importance)
+            yield [Embedding(tuple(insight.text for insight in answer.insights), ahead=True)]

@@ -229,4 +229,4 @@ def test_a_steady_encoders_vectors_do_not_depend_on_the_batch():
     for n in (0, 7, 23):
         assert (steady([texts[n]])[0] == together[n]).all()
         assert (steady([texts[n], texts[3], "more"])[0] == together[n]).all()
-    assert abs(together - TextEncoder(kept=0)(texts)).max() < 1e-5
+    assert abs(together - TextEncoder(kept=0)(texts)).max() < 0.01  # bfloat16
