@@ -51,12 +51,12 @@ style: setup  ## fix style
 bench: setup  ## print the figures of the model card, one JSON line a script
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-STAGES := vision pretrain_perception sft_retrieval sft_text joint sft_generation decoder_vae decoder_unet
+STAGES := vision pretrain_perception sft_retrieval sft_text joint sft_generation align decoder_vae decoder_unet
 checkpoints: setup  ## train the embedded default from nothing into checkpoints/ (hours on a CPU; resumes)
 	for stage in $(STAGES); do \
 	  test -f outputs/mini/$$stage/done || { $(CPU) configs/mini/$$stage.yaml && touch outputs/mini/$$stage/done; } || exit 1; \
 	done
-	$(BIN)/python -m pegs.training.export --language outputs/mini/sft_generation --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
+	$(BIN)/python -m pegs.training.export --language outputs/mini/align --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
 
 agents: setup  ## train the adapter with which the embedded default writes dialogues (half an hour on a CPU; resumes)
 	$(CPU) configs/mini/sft_agents.yaml

@@ -20,7 +20,7 @@ class DataCollatorForPegs:
     Args:
         processor ([`PegsProcessor`]): The model's processor.
         config ([`PegsConfig`]): The model's configuration.
-        targets ([`StickerTargets`] or [`PairTargets`], *optional*): Caption states and vision features of the stickers that are sent; not needed for labels.
+        targets ([`StickerTargets`] or [`PairTargets`], *optional*): Caption states and vision features of the stickers that are sent; none are added without.
         max_length (`int`): Longest sequence. A longer dialogue loses its oldest turns, whole; nothing is cut within a message.
         roles (`Sequence[str]`): Whose messages are learnt.
         vision ([`VisionFeatures`], *optional*): What the frozen vision tower sees, instead of the pictures.
@@ -77,7 +77,7 @@ class DataCollatorForPegs:
         elif images:
             batch["vision_states"] = self.vision.states([part["sticker_id"] for part, _ in images])
         sent = {position: part["sticker_id"] for position, (part, is_sent) in enumerate(images) if is_sent}
-        if sent:
+        if sent and self.targets is not None:
             self.add_targets(batch, list(sent), list(sent.values()))
         return batch
 

@@ -331,11 +331,11 @@ def load_model(args: LanguageArguments) -> tuple[PegsModel, PegsProcessor]:
     return model, processor
 
 
-def load_sessions(args: LanguageArguments, split: Split) -> list[Session]:
-    """A split of the stage's sessions."""
-    if not args.sessions:
+def load_sessions(file: str, split: Split) -> list[Session]:
+    """A split of the sessions in a file; of StickerConv-mini if it is empty."""
+    if not file:
         return load_mini(split)
-    return [session for session in read_sessions(args.sessions) if session.split == split]
+    return [session for session in read_sessions(file) if session.split == split]
 
 
 def make_dialogues(args: LanguageArguments, pack: StickerPack) -> tuple[list[list[dict]], list[list[dict]]]:
@@ -345,7 +345,7 @@ def make_dialogues(args: LanguageArguments, pack: StickerPack) -> tuple[list[lis
         return caption_dialogues(stickers, pack), []
     if args.data == "requests":
         return request_dialogues(stickers, pack), []
-    train, held_out = load_sessions(args, "train"), load_sessions(args, "validation")
+    train, held_out = load_sessions(args.sessions, "train"), load_sessions(args.sessions, "validation")
     if args.data == "texts":
         return [text_messages(session) for session in train], [text_messages(session) for session in held_out]
     return [session_messages(s, pack) for s in train], [session_messages(s, pack) for s in held_out]
@@ -435,7 +435,7 @@ def learns_retrieval(model: PegsModel) -> bool:
 
 def sample_replies(args: LanguageArguments, processor: PegsProcessor, pack: StickerPack) -> SampleReplies:
     """Replies to the last turns of the first held-out sessions."""
-    sessions = load_sessions(args, "validation")[: args.samples]
+    sessions = load_sessions(args.sessions, "validation")[: args.samples]
     contexts = [turn_contexts(session, pack)[-1] for session in sessions]
 
     def vectors(model: PegsModel) -> torch.Tensor:

@@ -49,6 +49,12 @@ def _sft_generation(values: dict[str, Any]) -> None:
     generation.train_generation(build_arguments(generation.GenerationArguments, values))
 
 
+def _align(values: dict[str, Any]) -> None:
+    from pegs.training import align
+
+    align.train_align(build_arguments(align.AlignArguments, values))
+
+
 def _sft(values: dict[str, Any]) -> None:
     from pegs.training import sft
 
@@ -70,6 +76,7 @@ STAGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "joint_ret": _language,
     "joint_gen": _language,
     "joint_rag": _language,
+    "align": _align,
     "sft_agents": _sft,
     "baseline_text": _sft,
     "baseline_tool": _sft,
