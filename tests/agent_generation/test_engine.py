@@ -9,10 +9,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from agent_generation.engine import BudgetError, Engine, Journal, JournalError, Prices, needed
+from agent_generation.engine import BudgetError, Embedding, Engine, Journal, JournalError, Prices, needed
 from agent_generation.llm import ROLES as LLM_ROLES
 from agent_generation.llm import AnswerError, ModelError, OpenAILLM, Request, RoleSettings
 from tests.fixtures.llm_server import Server, completion
@@ -188,6 +189,30 @@ def test_the_key_reaches_no_log_no_journal_and_no_outcome(tmp_path, caplog):
     with pytest.raises(AnswerError, match="no connection to http://127.0.0.1:9/v1") as raised:
         asyncio.run(llm.ask(text("x"), 0))
     assert "very-secret" not in str(raised.value) + repr(llm.api_key and llm).replace(llm.base_url, "")
+
+
+def test_what_is_wanted_later_holds_nobody_up(tmp_path):
+    seen, journal = [], Journal(tmp_path / "journal.sqlite3")
+
+    def encode(texts):
+        seen.append(list(texts))
+        return np.ones((len(texts), 2))
+
+    def steps():
+        nothing, vectors = yield [Embedding(("later", "much later"), ahead=True), Embedding(("now",))]
+        (again,) = yield [Embedding(("later",))]
+        return {"ahead": nothing, "now": vectors.tolist(), "later": again.tolist()}
+
+    async def collect():
+        return [
+            o
+            async for o in Engine(OpenAILLM("http://127.0.0.1:9/v1", "m"), journal, encode=encode).run([("t", steps)])
+        ]
+
+    (outcome,) = asyncio.run(collect())
+    assert outcome.result == {"ahead": None, "now": [[1.0, 1.0]], "later": [[1.0, 1.0]]}
+    assert seen[0] == ["now"] and ["later", "much later"] in seen and ["later"] in seen
+    journal.close()
 
 
 def test_roles_have_models_and_temperatures_of_their_own():
