@@ -35,6 +35,7 @@ setup(
         "jinja2>=3.1",
         "llguidance>=1.9",
         "openai[aiohttp]>=3",
+        "httpx2>=2.12",
         "peft>=0.21",
         "pillow>=11",
         "pyarrow>=20",

@@ -193,7 +193,7 @@ class OpenAILLM:
         key = self.api_key or os.environ.get("OPENAI_API_KEY") or "none"
         url, headers = URL(self.base_url), {}
         if url.userinfo:  # aiohttp takes one authorisation only
-            headers["Authorization"] = f"Basic {b64encode(url.userinfo).decode()}"
+            headers["Authorization"] = f"Basic {b64encode(f'{url.username}:{url.password}'.encode()).decode()}"
         return AsyncOpenAI(
             base_url=url.copy_with(userinfo=b""),
             api_key=key,

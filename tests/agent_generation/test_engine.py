@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +190,13 @@ def test_the_key_reaches_no_log_no_journal_and_no_outcome(tmp_path, caplog):
     with pytest.raises(AnswerError, match="no connection to http://127.0.0.1:9/v1") as raised:
         asyncio.run(llm.ask(text("x"), 0))
     assert "very-secret" not in str(raised.value) + repr(llm.api_key and llm).replace(llm.base_url, "")
+
+
+def test_a_name_and_password_in_the_address_are_sent_as_they_are_meant():
+    with Server(honest) as server:
+        llm = OpenAILLM(server.url.replace("//", "//me:p%40ss@"), "m", api_key="unused")
+        assert asyncio.run(llm.ask(text("x"), 0)).text == "<x>"
+    assert server.keys == ["Basic " + b64encode(b"me:p@ss").decode()]
 
 
 def test_what_is_wanted_later_holds_nobody_up(tmp_path):
