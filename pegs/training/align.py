@@ -24,7 +24,7 @@ from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from pegs.assemble import embed_pack, load_pack
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import session_messages
-from pegs.training.language import load_sessions
+from pegs.training.language import load_sessions, sendable
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.stages import ConfigError
 from pegs.training.targets import VisionFeatures
@@ -230,7 +230,8 @@ def train_align(args: AlignArguments) -> None:
         save_file(decision_states(model, processor, pack, sessions, args.max_length), cache)
     states = load_file(cache)
     logger.info("%d decisions, %d stickers sent", len(states["ends"]), len(states["spans"]))
-    rows = sendable_rows(pack)
+    allowed = {sticker.id for sticker in sendable(pack)}
+    rows = torch.tensor([row for row, sticker in enumerate(pack.stickers) if sticker.id in allowed])
     states["gold"] = torch.searchsorted(rows, states["gold"])
     emotions = torch.tensor([EMOTIONS.index(pack.stickers[row].emotion) for row in rows.tolist()])
     vectors = embed_pack(model, processor, pack)[rows]
@@ -247,9 +248,3 @@ def train_align(args: AlignArguments) -> None:
     decider.put_into(model)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
-
-
-def sendable_rows(pack: StickerPack) -> torch.Tensor:
-    """Rows of the stickers that training may send, ascending."""
-    ids = {sticker.id for sticker in (pack.split("train") if pack.databases else pack.stickers)}
-    return torch.tensor([row for row, sticker in enumerate(pack.stickers) if sticker.id in ids])

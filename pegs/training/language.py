@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from dataset_builders.schema import Session, Split
+from dataset_builders.schema import Session, Split, Sticker
 from dataset_builders.stickerconv.sessions import load_mini, read_sessions
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
@@ -338,9 +338,14 @@ def load_sessions(file: str, split: Split) -> list[Session]:
     return [session for session in read_sessions(file) if session.split == split]
 
 
+def sendable(pack: StickerPack) -> list[Sticker]:
+    """Stickers that training may send."""
+    return pack.split("train") if pack.databases else pack.stickers
+
+
 def make_dialogues(args: LanguageArguments, pack: StickerPack) -> tuple[list[list[dict]], list[list[dict]]]:
     """Training and held-out dialogues from a pack and sessions."""
-    stickers = pack.split("train") if pack.databases else pack.stickers
+    stickers = sendable(pack)
     if args.data == "captions":
         return caption_dialogues(stickers, pack), []
     if args.data == "requests":
@@ -361,9 +366,8 @@ def make_collator(
     if pack is None:
         targets = PairTargets(encode)
     elif args.data != "texts":
-        sendable = pack.split("train") if pack.databases else pack.stickers
         vision = VisionFeatures(pack, model, processor)
-        targets = StickerTargets({sticker.id: sticker.caption for sticker in sendable}, encode, vision)
+        targets = StickerTargets({sticker.id: sticker.caption for sticker in sendable(pack)}, encode, vision)
     if any(p.requires_grad for p in model.vision_model.parameters()):
         vision = None
     roles = ("user", "assistant") if args.data == "texts" else ("assistant",)
