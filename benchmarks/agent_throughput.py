@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -102,6 +104,7 @@ def count_rounds(plan: SessionPlan, toolbox: Toolbox, settings: Settings, encode
 
 def main() -> None:
     """Run it."""
+    torch.set_num_threads(1)  # as `pegs generate` does beside an endpoint
     encode = TextEncoder(steady=True)
     pack = cached_pack()
     toolbox = Toolbox(open_search(cached_folder(), pack, encode), pack.databases)

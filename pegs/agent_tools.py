@@ -356,6 +356,10 @@ def make_sessions(job: Job) -> dict:
 
 def write_shard(job: Job, shard: int, show: Callable[[Mapping[str, float]], object]) -> None:
     """Write one shard's sessions in this process; `show` is told how far it is."""
+    if job.writer.url:
+        import torch  # seconds to import
+
+        torch.set_num_threads(1)  # the other cores are for the calls
     kept = max(4096, 64 * job.writer.concurrency)  # what is embedded ahead must still be there when it is wanted
     encoder = TextEncoder(job.encoder, kept=kept, steady=True)
     toolbox, _ = load_toolbox(job.stickers, encoder)
