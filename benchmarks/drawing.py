@@ -22,6 +22,7 @@ from dataset_builders.stickers.encoder import TextEncoder
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
 from pegs.evaluation.drawing import DrawingJudge, choose_evenly, draw_all, measure_drawings, save_sheet, to_pixels
 from pegs.evaluation.predict import system_turns
+from pegs.evaluation.replies import write_replies
 from pegs.quiet import quiet_libraries
 from pegs.training.text_states import encode_captions
 from pipelines.pipeline_pegs import PegsPipeline
@@ -29,21 +30,7 @@ from pipelines.pipeline_sticker import StickerPipeline
 
 
 THINGS = ("cat face", "hugging face", "person raising hand", "sleeping face", "dog", "red heart")
-BATCH = 14
 GUIDANCE = 2.5
-
-
-def sticker_outputs(pegs: PegsPipeline, contexts: Sequence[list[dict]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What PEGS asks for after each context, a sticker forced: queries `(N, e)` and prompt embeddings `(N, L, D)`."""
-    queries, states = [], []
-    for start in range(0, len(contexts), BATCH):
-        inputs = pegs.processor.apply_chat_template(
-            contexts[start : start + BATCH], add_generation_prompt=True, tokenize=True, return_tensors="pt"
-        )
-        output = pegs.model.generate(**inputs, max_new_tokens=64, do_sample=False, sticker_bias=math.inf)
-        queries.append(output.sticker_queries)
-        states.append(output.sticker_prompt_embeds)
-    return torch.cat(queries), torch.cat(states)
 
 
 def draw_replies(
@@ -52,8 +39,9 @@ def draw_replies(
     """Stickers by variant for test turns, with the gold stickers' emotions and captions."""
     turns = [turn for turn in system_turns(load_mini("test"), pegs.pack) if turn.turn.system.sticker is not None]
     chosen = turns[:: max(1, len(turns) // count)][:count]
-    queries, states = sticker_outputs(pegs, [turn.context for turn in chosen])
-    nearest = [pegs.retrieve(query, 1) for query in queries]
+    written = write_replies(pegs, [turn.context for turn in chosen], sticker_bias=math.inf, do_sample=False)
+    states = torch.stack([reply.prompt_embeds for reply in written])
+    nearest = [pegs.retrieve(reply.query, 1) for reply in written]
     over = torch.cat([pegs.mix_latents(found) for found in nearest])
     images = {
         "gen": draw_all(pegs.decoder, states, seed),

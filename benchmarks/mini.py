@@ -24,6 +24,7 @@ from modeling_pegs.backbones import find_language_model
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
 from pegs.evaluation.drawing import DrawingJudge, draw_all, save_sheet
 from pegs.evaluation.multimodal import average_precision
+from pegs.evaluation.replies import WrittenReply, write_replies
 from pegs.evaluation.results import Columns, Metric, Statistic, divide, mean_of, measure
 from pegs.quiet import quiet_libraries
 from pegs.training.data_collator import DataCollatorForPegs
@@ -61,31 +62,6 @@ def system_turns(sessions: list[Session], pack: StickerPack) -> list[dict]:
             name = f"{session.session_id}/{turn.turn}"
             turns.append({"session": session, "name": name, "context": context, "user": turn.user.text, "gold": turn.system.sticker})  # fmt: skip
     return turns
-
-
-def generate(pipeline: PegsPipeline, turns: list[dict], seed: int, batch_size: int = 16, **kwargs) -> list[dict]:
-    """Replies of the model to the turns' contexts."""
-    replies = []
-    for start in range(0, len(turns), batch_size):
-        chunk = [turn["context"] for turn in turns[start : start + batch_size]]
-        inputs = pipeline.processor.apply_chat_template(
-            chunk, add_generation_prompt=True, tokenize=True, return_tensors="pt"
-        )
-        torch.manual_seed(seed + start)
-        output = pipeline.model.generate(**inputs, max_new_tokens=64, **kwargs)
-        new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
-        for row in range(len(chunk)):
-            text = pipeline.processor.decode(new_ids[row], skip_special_tokens=True).strip()
-            replies.append(
-                {
-                    "text": text,
-                    "sticker": bool(output.sticker_mask[row]),
-                    "logit": float(output.sticker_logit[row]),
-                    "query": output.sticker_queries[row],
-                    "prompt_embeds": output.sticker_prompt_embeds[row],
-                }
-            )
-    return replies
 
 
 def told(metric: Metric) -> dict[str, float]:
@@ -133,12 +109,12 @@ def compare_perplexity(pipeline: PegsPipeline, base: str, sessions: list[Session
     return figures
 
 
-def compare_timing(replies: dict[int, list[dict]], turns: list[dict], names: list[str]) -> dict:
+def compare_timing(replies: dict[int, list[WrittenReply]], turns: list[dict], names: list[str]) -> dict:
     """The share of turns with a sticker, by seed and over all, and how well the log-odds of one rank the turns that should have it."""
     gold = np.array([turn["gold"] is not None for turn in turns], float)
-    sent = {seed: np.array([reply["sticker"] for reply in found], float) for seed, found in replies.items()}
+    sent = {seed: np.array([reply.sends for reply in found], float) for seed, found in replies.items()}
     columns = {"rate": np.mean(list(sent.values()), axis=0), "gold": gold, "gold_frequency": gold}
-    columns["sticker_logit"] = np.array([reply["logit"] for reply in next(iter(replies.values()))])
+    columns["sticker_logit"] = np.array([reply.logit for reply in next(iter(replies.values()))])
     statistics = {"rate": mean_of("rate"), "gold": mean_of("gold"), "timing_ap": average_precision}
     found = {name: told(metric) for name, metric in measure(columns, names, statistics).items()}
     return {
@@ -168,12 +144,12 @@ def main() -> None:
     figures["perplexity"] = compare_perplexity(pipeline, base, sessions)
 
     turns = system_turns(sessions, pack)
-    replies = {s: generate(pipeline, turns, s) for s in args.seeds}
+    replies = {s: write_replies(pipeline, [turn["context"] for turn in turns], s) for s in args.seeds}
     figures["sticker_rate"] = compare_timing(replies, turns, [turn["name"] for turn in turns])
 
     asked = [turn for turn in turns if turn["gold"] is not None]
     names, golds = [turn["name"] for turn in asked], [turn["gold"].emotion for turn in asked]
-    forced = generate(pipeline, asked, seed, sticker_bias=math.inf, do_sample=False)
+    forced = write_replies(pipeline, [turn["context"] for turn in asked], sticker_bias=math.inf, do_sample=False)
     rows = {sticker_id: i for i, sticker_id in enumerate(pipeline.pack_ids)}
     databases = {d: [s.id for s in pack.database(d)] for d in {t["session"].database for t in turns}}
     by_text = {
@@ -186,7 +162,7 @@ def main() -> None:
     for turn, reply, message in zip(asked, forced, messages, strict=True):
         ids = databases[turn["session"].database]
         index = torch.tensor([rows[i] for i in ids])
-        order = (pipeline.pack_embeds[index] @ reply["query"]).argsort(descending=True).tolist()
+        order = (pipeline.pack_embeds[index] @ reply.query).argsort(descending=True).tolist()
         chosen = {name: int((vectors[index] @ message).argmax()) for name, vectors in by_text.items()}
         for name, row in {"pegs": order[0], **chosen}.items():
             hits[name].append(pack.by_id[ids[row]].emotion == turn["gold"].emotion)
@@ -205,7 +181,7 @@ def main() -> None:
     verdicts = judge.name_emotions(judge.embed([pack.image(s.id) for s in test]))
     right = [verdict == sticker.emotion for verdict, sticker in zip(verdicts, test, strict=True)]
     figures["judge_accuracy_on_held_out_stickers"] = round(sum(right) / len(right), 4)
-    drawn = draw_all(pipeline.decoder, torch.stack([reply["prompt_embeds"] for reply in forced]), seed)
+    drawn = draw_all(pipeline.decoder, torch.stack([reply.prompt_embeds for reply in forced]), seed)
     verdicts = judge.name_emotions(judge.embed(drawn))
     drawn_hits: dict[str, list[float]] = {
         "pegs": [verdict == gold for verdict, gold in zip(verdicts, golds, strict=True)],
@@ -220,8 +196,8 @@ def main() -> None:
     with (assets / "replies.jsonl").open("w", encoding="utf-8") as file:
         for i in sorted(rng.sample(range(len(turns)), min(20, len(turns)))):
             reply = replies[seed][i]
-            nearest = pipeline.retrieve(reply["query"], top_k=1)[0].id if reply["sticker"] else None
-            row = {"user": turns[i]["user"], "reply": reply["text"], "sticker": nearest}
+            nearest = pipeline.retrieve(reply.query, top_k=1)[0].id if reply.sends else None
+            row = {"user": turns[i]["user"], "reply": reply.text, "sticker": nearest}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (Path(args.model) / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     card = render_card("model_card", figures=figures, drawing=drawing)
@@ -232,9 +208,11 @@ def draw_request_sheet(pipeline: PegsPipeline, seed: int, file: Path) -> None:
     """Six stickers an emotion, drawn by PEGS on request: the user describes a sticker of the pack, PEGS draws what it understood."""
     rng = random.Random(seed)
     chosen = [s for e in EMOTIONS for s in rng.sample([s for s in pipeline.pack.split("train") if s.emotion == e], 6)]
-    turns = [{"context": [{"role": "user", "content": [{"type": "text", "text": s.caption}]}]} for s in chosen]
-    replies = generate(pipeline, turns, seed, sticker_bias=math.inf, do_sample=False)
-    images = draw_all(pipeline.decoder, torch.stack([reply["prompt_embeds"] for reply in replies]), seed)
+    images = []
+    for number, sticker in enumerate(chosen):
+        request = [{"role": "user", "content": [{"type": "text", "text": sticker.caption}]}]
+        reply = pipeline(request, "gen", seed + number, floor=0, size=256, sticker_bias=math.inf, do_sample=False)
+        images.append(reply.sticker)
     save_sheet(images, [f"{s.emotion}: {s.tags[0]}" for s in chosen], 6, file)
 
 

@@ -105,6 +105,21 @@ class Usage(Record):
     cost_usd: float = 0.0
 
 
+class Exchange(Record):
+    """What the User says and the System's reply, with the id of its sticker."""
+
+    user: str = Field(min_length=1)
+    system: str = Field(min_length=1)
+    sticker: str | None = None
+
+
+class Opener(Record):
+    """The first exchanges of a chat; `emotion` is the User's."""
+
+    emotion: Emotion
+    turns: tuple[Exchange, ...] = Field(min_length=1)
+
+
 class Session(Record):
     """A dialogue session (section 3.7). `no_sticker` flags one that neither side sent a sticker in: it stays, so that rates are honest."""
 

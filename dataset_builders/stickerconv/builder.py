@@ -17,6 +17,7 @@ from dataset_builders.stickerconv.inputs import (
     read_rows,
     sticker_rows,
 )
+from dataset_builders.stickerconv.sessions import load_openers
 from dataset_builders.stickerconv.sources import Shard, Source, find_sources, split_into_shards, splits_in
 
 
@@ -48,11 +49,17 @@ class StickerConvConfig(datasets.BuilderConfig):
 
 
 class StickerConv(datasets.GeneratorBasedBuilder):
-    """Dialogue sessions with stickers (section 3.7): `mini` and `sessions` a row each, `turns` a row a System turn, `stickers` with their pictures."""
+    """
+    Dialogue sessions with stickers (section 3.7): `mini` and `sessions` a row each, `turns` a row a System turn, `stickers` with their pictures; and `openers`, first
+    exchanges for training.
+    """
 
     BUILDER_CONFIG_CLASS = StickerConvConfig
     BUILDER_CONFIGS = [
         StickerConvConfig(name="mini", description="StickerConv-mini, a row a session."),
+        StickerConvConfig(
+            name="openers", description="What people say first, with plain and warm replies, for training."
+        ),
         StickerConvConfig(name="sessions", description="A row a session."),
         StickerConvConfig(name="turns", description="A row a System turn with all that was said before."),
         StickerConvConfig(name="stickers", description="The stickers, each picture once."),
@@ -64,10 +71,12 @@ class StickerConv(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         files = [file for files in (self.config.data_files or {}).values() for file in files]
-        if files and self.config.name == "mini":
+        if files and self.config.name in ("mini", "openers"):
             raise ValueError(
-                "`mini` is the shipped sessions: for `data_dir` or `data_files` use `sessions` or `turns`."
+                f"`{self.config.name}` ships with the project: for `data_dir` or `data_files` use `sessions` or `turns`."
             )
+        if self.config.name == "openers":
+            return [datasets.SplitGenerator("train")]
         sources = find_sources(files or ["mini"])
         released, name = sources[0].format != "sessions", self.config.stickers
         known = None
@@ -85,7 +94,8 @@ class StickerConv(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(split, {"shards": shards, "split": split, "known": known}) for split in splits]
 
     def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[str, dict]]:
-        rows = self._sticker_rows(**kwargs) if self.config.name == "stickers" else self._dialogue_rows(**kwargs)
+        makers = {"stickers": self._sticker_rows, "openers": self._opener_rows}
+        rows = makers.get(self.config.name, self._dialogue_rows)(**kwargs)
         for number, row in enumerate(rows):
             yield str(number), row
 
@@ -96,6 +106,9 @@ class StickerConv(datasets.GeneratorBasedBuilder):
                 yield from turn_rows(row) if self.config.name == "turns" else [row]
         for message in bad or ():
             logger.warning(f"left out {message}")
+
+    def _opener_rows(self) -> Iterator[dict]:
+        return (opener.model_dump() for opener in load_openers())
 
     def _sticker_rows(
         self, is_test: bool, sources: tuple[Source, ...], stickers: str | None, images: str | None

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Features, Image, List, Value
 from pydantic import BaseModel
 
-from dataset_builders.schema import EMOTIONS, Emotion, Message, Session, Sticker
+from dataset_builders.schema import EMOTIONS, Emotion, Message, Opener, Session, Sticker
 from dataset_builders.stickers.pack import StickerPack
 
 
@@ -60,7 +60,13 @@ STICKERS = Features(
         **{name: feature for name, feature in features_of(Sticker).items() if name not in ("id", "image_path")},
     }
 )
-FEATURES = {"mini": SESSIONS, "sessions": SESSIONS, "turns": TURNS, "stickers": STICKERS}
+FEATURES = {
+    "mini": SESSIONS,
+    "openers": Features(features_of(Opener)),
+    "sessions": SESSIONS,
+    "turns": TURNS,
+    "stickers": STICKERS,
+}
 
 
 def session_row(session: Session) -> dict:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dataset_builders.schema import Session, Split
+from dataset_builders.schema import Opener, Session, Split
 
 
 MINI = Path(str(resources.files("dataset_builders.stickerconv").joinpath("mini.jsonl")))
+OPENERS = MINI.with_name("openers.jsonl")
 
 
 class SessionError(ValueError):
@@ -77,3 +78,8 @@ def describe(error: ValidationError) -> str:
 def load_mini(split: Split | None = None) -> list[Session]:
     """StickerConv-mini: sessions written by the project's authors, all of them or one split's."""
     return [session for session in read_sessions(MINI) if split in (None, session.split)]
+
+
+def load_openers() -> list[Opener]:
+    """What people say first, with plain and warm replies: written by the project's authors for training, beside StickerConv-mini."""
+    return [Opener.model_validate_json(line) for line in OPENERS.read_bytes().splitlines()]

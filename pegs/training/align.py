@@ -18,12 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dataset_builders.schema import EMOTIONS, Session
+from dataset_builders.schema import EMOTIONS
+from dataset_builders.stickerconv.sessions import load_openers
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from pegs.assemble import embed_pack, load_pack
 from pegs.training.data_collator import DataCollatorForPegs
-from pegs.training.dialogues import session_messages
+from pegs.training.dialogues import opener_messages, sent_stickers, session_messages
 from pegs.training.language import load_sessions, sendable
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.stages import ConfigError
@@ -42,6 +43,7 @@ class AlignArguments(LoopArguments):
         init_from (`str`): Checkpoint that the stage starts from, which is the reference too.
         stickers (`str`): Annotated sticker pack, by name, folder or Hub id.
         sessions (`str`): JSON Lines file of the sessions; StickerConv-mini if empty.
+        openers (`bool`): Whether the openers' decisions are learned beside the sessions'.
         max_length (`int`): Longest dialogue in tokens; a longer one loses its oldest turns.
         beta (`float`): How much the reference weighs.
         noise (`float`): Standard deviation of the noise on the hidden states, relative to theirs.
@@ -51,6 +53,7 @@ class AlignArguments(LoopArguments):
     init_from: str = ""
     stickers: str = "openmoji"
     sessions: str = ""
+    openers: bool = False
     max_length: int = 1024
     beta: float = 0.5
     noise: float = 1.0
@@ -77,7 +80,7 @@ def find_decisions(input_ids: torch.Tensor, labels: torch.Tensor, config: PegsCo
 
 @torch.no_grad()
 def decision_states(
-    model: PegsModel, processor: PegsProcessor, pack: StickerPack, sessions: list[Session], max_length: int
+    model: PegsModel, processor: PegsProcessor, pack: StickerPack, dialogues: list[list[dict]], max_length: int
 ) -> dict[str, torch.Tensor]:
     """
     What the gold replies' decisions are made from.
@@ -93,8 +96,8 @@ def decision_states(
     rows = {sticker.id: row for row, sticker in enumerate(pack.stickers)}
     first = model.config.img_token_ids[0]
     found: dict[str, list[torch.Tensor]] = {"ends": [], "sent": [], "spans": [], "gold": []}
-    for session in sessions:
-        messages = collator.shorten(session_messages(session, pack))
+    for dialogue in dialogues:
+        messages = collator.shorten(dialogue)
         batch = collator([{"messages": messages}]).to(model.device)
         labels = batch.pop("labels")
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
@@ -104,14 +107,7 @@ def decision_states(
         found["sent"].append((labels[:, 1:][where] == first).cpu())
         spans = model.get_img_hidden_states(batch["input_ids"], hidden)
         found["spans"].append(spans[:, : model.config.num_retrieval_tokens].cpu())
-        sent = [
-            rows[part["sticker_id"]]
-            for message in messages
-            if message["role"] == "assistant"
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
-        found["gold"].append(torch.tensor(sent, dtype=torch.long))
+        found["gold"].append(torch.tensor([rows[i] for i in sent_stickers(messages)], dtype=torch.long))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -197,18 +193,24 @@ def emotion_loss(
 
 
 class Pairs(Dataset):
-    """One decision of each kind `(d,)` and `(k, d)` with its gold; an index maps to one fixed random draw."""
+    """
+    One decision of each kind `(d,)` and `(k, d)` with its gold; an index maps to one fixed random draw. Stickers of all `emotions` `(M,)` come equally often, or the
+    commonest would be the safest choice.
+    """
 
-    def __init__(self, states: dict[str, torch.Tensor], args: AlignArguments) -> None:
+    def __init__(self, states: dict[str, torch.Tensor], emotions: torch.Tensor, args: AlignArguments) -> None:
         self.states, self.args = states, args
+        found = emotions[states["gold"]]
+        weights = 1 / found.bincount(minlength=len(EMOTIONS))[found].double()
+        self.weights = (weights / weights.sum()).numpy()
 
     def __len__(self) -> int:
         return self.args.max_steps * self.args.batch_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((self.args.seed, index))
-        i, j = int(rng.integers(len(self.states["ends"]))), int(rng.integers(len(self.states["spans"])))
         states = self.states
+        i, j = int(rng.integers(len(states["ends"]))), int(rng.choice(len(states["spans"]), p=self.weights))
         return {
             "ends": states["ends"][i],
             "sent": states["sent"][i],
@@ -226,8 +228,9 @@ def train_align(args: AlignArguments) -> None:
     cache = Path(args.output_dir) / "state" / "decisions.safetensors"
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        sessions = load_sessions(args.sessions, "train")
-        save_file(decision_states(model, processor, pack, sessions, args.max_length), cache)
+        dialogues = [session_messages(session, pack) for session in load_sessions(args.sessions, "train")]
+        dialogues += [opener_messages(opener, pack) for opener in load_openers()] if args.openers else []
+        save_file(decision_states(model, processor, pack, dialogues, args.max_length), cache)
     states = load_file(cache)
     logger.info("%d decisions, %d stickers sent", len(states["ends"]), len(states["spans"]))
     allowed = {sticker.id for sticker in sendable(pack)}
@@ -244,7 +247,7 @@ def train_align(args: AlignArguments) -> None:
             batch[name] = batch[name] + size.to(generator.device) * noise
         return decider(**batch)
 
-    train_loop(args, decider, Pairs(states, args), loss_fn)
+    train_loop(args, decider, Pairs(states, emotions, args), loss_fn)
     decider.put_into(model)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)

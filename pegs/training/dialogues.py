@@ -1,6 +1,6 @@
 """The training data of the language stages, all as dialogues in the chat format."""
 
-from dataset_builders.schema import Message, Session, Sticker
+from dataset_builders.schema import Message, Opener, Session, Sticker
 from dataset_builders.stickers.pack import StickerPack
 
 
@@ -20,6 +20,29 @@ def text_messages(session: Session) -> list[dict]:
         for role, message in (("user", turn.user), ("assistant", turn.system)):
             messages.append({"role": role, "content": [{"type": "text", "text": message.text}]})
     return messages
+
+
+def opener_messages(opener: Opener, pack: StickerPack | None = None) -> list[dict]:
+    """An opener as chat messages like a session's; without a pack, without its stickers."""
+    messages = []
+    for turn in opener.turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": turn.user}]})
+        content = [{"type": "text", "text": turn.system}]
+        if pack is not None and turn.sticker is not None:
+            content.append(image_part(turn.sticker, pack))
+        messages.append({"role": "assistant", "content": content})
+    return messages
+
+
+def sent_stickers(messages: list[dict]) -> list[str]:
+    """Ids of the stickers that the assistant sends, in order."""
+    return [
+        part["sticker_id"]
+        for message in messages
+        if message["role"] == "assistant"
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
 
 
 def turn_contexts(session: Session, pack: StickerPack) -> list[list[dict]]:

@@ -7,6 +7,7 @@ language model over the data.
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dataset_builders.schema import Sticker
-from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.schema import Opener, Sticker
+from dataset_builders.stickerconv.sessions import load_mini, load_openers
 from dataset_builders.stickers.openmoji import cached_pack, cldr_name, list_hexcodes
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
-from pegs.training.dialogues import session_messages
+from pegs.training.dialogues import opener_messages, sent_stickers, session_messages
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.text_states import encode_captions
 
@@ -36,6 +37,7 @@ class GenerationArguments(LoopArguments):
 
     Args:
         init_from (`str`): Checkpoint that the stage starts from.
+        openers (`bool`): Whether the openers are dialogues too, beside StickerConv-mini's.
         parts (`tuple[float, float, float]`): Shares of the samples that are stickers of the training dialogues, requests for stickers of the pack, and names of
             other OpenMoji drawings, of which no picture is needed (appendix C.1).
         noise (`float`): Standard deviation of the noise on the hidden states, relative to theirs.
@@ -43,6 +45,7 @@ class GenerationArguments(LoopArguments):
     """
 
     init_from: str = ""
+    openers: bool = False
     parts: tuple[float, float, float] = (0.4, 0.3, 0.3)
     noise: float = 0.1
 
@@ -115,11 +118,15 @@ class Drawn:
     groups: list[int]
 
 
-def gather_drawn(model: PegsModel, processor: PegsProcessor, pack: StickerPack, cache: Path) -> Drawn:
+def gather_drawn(
+    model: PegsModel, processor: PegsProcessor, pack: StickerPack, cache: Path, openers: Sequence[Opener] = ()
+) -> Drawn:
     """Every place where a sticker should be drawn; hidden states are computed once and kept in `cache`."""
-    sessions = [s for s in load_mini("train") if any(turn.system.sticker for turn in s.turns)]
-    sessions.sort(key=lambda session: len(session.turns))  # alike in length, so that batches are padded little
-    sent = [turn.system.sticker.id for s in sessions for turn in s.turns if turn.system.sticker is not None]
+    dialogues = [opener_messages(opener, pack) for opener in openers]
+    dialogues += [session_messages(session, pack) for session in load_mini("train")]
+    dialogues = [dialogue for dialogue in dialogues if sent_stickers(dialogue)]
+    dialogues.sort(key=len)  # alike in length, so that batches are padded little
+    sent = [sticker_id for dialogue in dialogues for sticker_id in sent_stickers(dialogue)]
     asked = [(request, sticker.caption) for sticker in pack.split("train") for request in sticker_requests(sticker)]
     in_pack = {sticker.image_path.removesuffix(".png") for sticker in pack.stickers}
     others = {cldr_name(hexcode) for hexcode in list_hexcodes() if hexcode not in in_pack} - {None}
@@ -134,7 +141,6 @@ def gather_drawn(model: PegsModel, processor: PegsProcessor, pack: StickerPack, 
             ]
             for (request, _), reply in zip(asked, replies, strict=True)
         ]
-        dialogues = [session_messages(session, pack) for session in sessions]
         long = generation_hidden_states(model, processor, dialogues, 4)
         short = generation_hidden_states(model, processor, requests, 32)
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +153,8 @@ def train_generation(args: GenerationArguments) -> None:
     """Train the feature mapper by MSE to caption states (eq. 9) and save the whole checkpoint."""
     model = PegsModel.from_pretrained(args.init_from)
     processor = PegsProcessor.from_pretrained(args.init_from)
-    drawn = gather_drawn(model, processor, cached_pack(), Path(args.output_dir) / "state" / "hidden.safetensors")
+    cache = Path(args.output_dir) / "state" / "hidden.safetensors"
+    drawn = gather_drawn(model, processor, cached_pack(), cache, load_openers() if args.openers else ())
     states = encode_captions(drawn.captions, model.config.prompt_length)
     spread = drawn.hidden.std(dim=0, keepdim=True)
     logger.info(

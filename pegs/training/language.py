@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from dataset_builders.schema import Session, Split, Sticker
-from dataset_builders.stickerconv.sessions import load_mini, read_sessions
+from dataset_builders.stickerconv.sessions import load_mini, load_openers, read_sessions
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from modeling_pegs.modeling_pegs import ADAPTER_FOLDER
@@ -28,6 +28,7 @@ from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import (
     caption_dialogues,
     caption_messages,
+    opener_messages,
     request_dialogues,
     request_messages,
     session_messages,
@@ -54,6 +55,7 @@ class LanguageArguments:
             learning).
         stickers (`str`): Sticker pack, by name, folder or Hub id.
         sessions (`str`): JSON Lines file of the sessions; StickerConv-mini if empty.
+        openers (`bool`): Whether the openers are learned beside the sessions.
         pairs (`list[str]`): For captions and requests, image-text pairs to stream instead of the pack's stickers: tars of WebDataset or parquet files.
         caption_length (`int`): Longest caption of a pair, in tokens.
         max_length (`int`): Longest sequence.
@@ -89,6 +91,7 @@ class LanguageArguments:
     output_dir: str
     stickers: str = "openmoji"
     sessions: str = ""
+    openers: bool = False
     pairs: list = field(default_factory=list)
     caption_length: int = 77
     max_length: int = 768
@@ -351,9 +354,13 @@ def make_dialogues(args: LanguageArguments, pack: StickerPack) -> tuple[list[lis
     if args.data == "requests":
         return request_dialogues(stickers, pack), []
     train, held_out = load_sessions(args.sessions, "train"), load_sessions(args.sessions, "validation")
+    openers = load_openers() if args.openers else []
     if args.data == "texts":
-        return [text_messages(session) for session in train], [text_messages(session) for session in held_out]
-    return [session_messages(s, pack) for s in train], [session_messages(s, pack) for s in held_out]
+        said = [text_messages(session) for session in train] + [opener_messages(opener) for opener in openers]
+        return said, [text_messages(session) for session in held_out]
+    dialogues = [session_messages(session, pack) for session in train]
+    dialogues += [opener_messages(opener, pack) for opener in openers]
+    return dialogues, [session_messages(session, pack) for session in held_out]
 
 
 def make_collator(

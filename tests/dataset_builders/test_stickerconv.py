@@ -128,7 +128,7 @@ def test_a_run_folder_is_read_where_it_lies(tmp_path, pack):
     both = {"data_files": [str(tmp_path / name) for name in ("sessions.jsonl", "more.jsonl")], "num_proc": 2}
     assert load_dataset("stickerconv", "sessions", split="train", stickers=str(pack), **both).num_rows == 4
     assert load_dataset("stickerconv", "stickers", split="train+test", stickers=str(pack), **both).num_rows == 556
-    with pytest.raises(ValueError, match="`mini` is the shipped sessions"):
+    with pytest.raises(ValueError, match="`mini` ships with the project"):
         load_dataset("stickerconv", "mini", data_dir=str(tmp_path))
 
 

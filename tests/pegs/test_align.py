@@ -6,7 +6,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pegs.training.align import emotion_loss, find_decisions, timing_loss
+from pegs.training.align import AlignArguments, Pairs, emotion_loss, find_decisions, timing_loss
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.stages import main
 from tests.fixtures import tiny
@@ -76,6 +76,14 @@ def test_losses_are_dpos():
         )
     torch.testing.assert_close(emotion_loss(policy, reference, gold, emotions, 0.5), torch.stack(by_hand).mean())
     assert emotion_loss(policy, reference, gold, torch.zeros(4), 0.5) == 0
+
+
+def test_stickers_of_all_emotions_come_equally_often():
+    states = {"ends": torch.zeros(2, 1), "sent": torch.zeros(2), "spans": torch.arange(10.0).view(10, 1, 1)}
+    states["gold"] = torch.tensor([0] * 8 + [1, 2])  # eight of one emotion, one each of two others
+    pairs = Pairs(states, torch.tensor([4, 0, 6]), AlignArguments("", 300, 4, 1e-3))
+    drawn = torch.tensor([int(pairs[i]["gold"]) for i in range(len(pairs))]).bincount(minlength=3)
+    assert (drawn / len(pairs) - 1 / 3).abs().max() < 0.05
 
 
 def test_the_stage_learns_what_is_preferred_and_leaves_the_words(tmp_path):
