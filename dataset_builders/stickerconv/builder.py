@@ -1,6 +1,6 @@
 """StickerConv as a `datasets` builder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,10 @@ class StickerConv(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(split, {"shards": shards, "split": split, "known": known}) for split in splits]
 
     def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[str, dict]]:
-        makers = {"stickers": self._sticker_rows, "openers": self._opener_rows}
+        makers: dict[str, Callable[..., Iterator[dict]]] = {
+            "stickers": self._sticker_rows,
+            "openers": self._opener_rows,
+        }
         rows = makers.get(self.config.name, self._dialogue_rows)(**kwargs)
         for number, row in enumerate(rows):
             yield str(number), row

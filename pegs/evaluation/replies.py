@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class WrittenReply:
 
 
 def write_replies(
-    pipeline: PegsPipeline, contexts: Sequence[list[dict]], seed: int = 0, batch_size: int = 16, **generate_kwargs
+    pipeline: PegsPipeline, contexts: Sequence[list[dict]], seed: int = 0, batch_size: int = 16, **generate_kwargs: Any
 ) -> list[WrittenReply]:
     """
     Answer contexts, those of like length together.
