@@ -17,25 +17,20 @@ from transformers import AutoModelForCausalLM
 
 from dataset_builders.schema import EMOTIONS, Session
 from dataset_builders.stickerconv.sessions import load_mini
-from dataset_builders.stickers.pack import StickerPack
 from hub_cards.cards import render_card
 from modeling_pegs import PegsConfig
 from modeling_pegs.backbones import find_language_model
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
 from pegs.evaluation.drawing import DrawingJudge, draw_all, save_sheet
 from pegs.evaluation.multimodal import average_precision
+from pegs.evaluation.predict import SystemTurn, system_turns
 from pegs.evaluation.replies import WrittenReply, write_replies
 from pegs.evaluation.results import Columns, Metric, Statistic, divide, mean_of, measure
 from pegs.quiet import quiet_libraries
 from pegs.training.data_collator import DataCollatorForPegs
-from pegs.training.dialogues import session_messages, turn_contexts
+from pegs.training.dialogues import session_messages
 from pegs.training.text_states import embed_sentences
 from pipelines.pipeline_pegs import PegsPipeline
-
-
-def text_only(messages: list[dict]) -> list[dict]:
-    """The dialogue without its stickers."""
-    return [{**m, "content": [part for part in m["content"] if part["type"] == "text"]} for m in messages]
 
 
 @torch.no_grad()
@@ -52,16 +47,6 @@ def text_loss(score: Callable, collator: DataCollatorForPegs, messages: list[dic
 def perplexity(columns: Columns, weights: np.ndarray) -> np.ndarray:
     """Perplexity of sessions' losses."""
     return np.exp(weights @ columns["loss"] / (weights @ columns["tokens"]))
-
-
-def system_turns(sessions: list[Session], pack: StickerPack) -> list[dict]:
-    """Every System turn with all earlier messages as context (section 6)."""
-    turns = []
-    for session in sessions:
-        for turn, context in zip(session.turns, turn_contexts(session, pack), strict=True):
-            name = f"{session.session_id}/{turn.turn}"
-            turns.append({"session": session, "name": name, "context": context, "user": turn.user.text, "gold": turn.system.sticker})  # fmt: skip
-    return turns
 
 
 def told(metric: Metric) -> dict[str, float]:
@@ -100,7 +85,7 @@ def compare_perplexity(pipeline: PegsPipeline, base: str, sessions: list[Session
     figures = {}
     for name, score, seen in (
         ("pegs", model, dialogues),
-        ("untouched_smollm2", untouched, [text_only(messages) for messages in dialogues]),
+        ("untouched_smollm2", untouched, [session_messages(session) for session in sessions]),
     ):
         found = [text_loss(lambda batch, score=score: score(**batch).logits, collator, messages) for messages in seen]
         columns = {"loss": np.array([loss for loss, _ in found]), "tokens": np.array([float(n) for _, n in found])}
@@ -109,9 +94,9 @@ def compare_perplexity(pipeline: PegsPipeline, base: str, sessions: list[Session
     return figures
 
 
-def compare_timing(replies: dict[int, list[WrittenReply]], turns: list[dict], names: list[str]) -> dict:
+def compare_timing(replies: dict[int, list[WrittenReply]], turns: list[SystemTurn], names: list[str]) -> dict:
     """The share of turns with a sticker, by seed and over all, and how well the log-odds of one rank the turns that should have it."""
-    gold = np.array([turn["gold"] is not None for turn in turns], float)
+    gold = np.array([turn.turn.system.sticker is not None for turn in turns], float)
     sent = {seed: np.array([reply.sends for reply in found], float) for seed, found in replies.items()}
     columns = {"rate": np.mean(list(sent.values()), axis=0), "gold": gold, "gold_frequency": gold}
     columns["sticker_logit"] = np.array([reply.logit for reply in next(iter(replies.values()))])
@@ -143,31 +128,31 @@ def main() -> None:
     figures: dict = {"model": Path(args.model).name, "test_sessions": len(sessions)}
     figures["perplexity"] = compare_perplexity(pipeline, base, sessions)
 
-    turns = system_turns(sessions, pack)
-    replies = {s: write_replies(pipeline, [turn["context"] for turn in turns], s) for s in args.seeds}
-    figures["sticker_rate"] = compare_timing(replies, turns, [turn["name"] for turn in turns])
+    turns = list(system_turns(sessions, pack))
+    replies = {s: write_replies(pipeline, [turn.context for turn in turns], s) for s in args.seeds}
+    figures["sticker_rate"] = compare_timing(replies, turns, [turn.key for turn in turns])
 
-    asked = [turn for turn in turns if turn["gold"] is not None]
-    names, golds = [turn["name"] for turn in asked], [turn["gold"].emotion for turn in asked]
-    forced = write_replies(pipeline, [turn["context"] for turn in asked], sticker_bias=math.inf, do_sample=False)
+    asked = [turn for turn in turns if turn.turn.system.sticker is not None]
+    names, golds = [turn.key for turn in asked], [turn.turn.system.sticker.emotion for turn in asked]
+    forced = write_replies(pipeline, [turn.context for turn in asked], sticker_bias=math.inf, do_sample=False)
     rows = {sticker_id: i for i, sticker_id in enumerate(pipeline.pack_ids)}
-    databases = {d: [s.id for s in pack.database(d)] for d in {t["session"].database for t in turns}}
+    databases = {d: [s.id for s in pack.database(d)] for d in {t.session.database for t in turns}}
     by_text = {
         "minilm_message_to_description": embed_sentences([s.description for s in pack.stickers]),
         "minilm_message_to_caption": embed_sentences([s.caption for s in pack.stickers]),
     }
-    messages = embed_sentences([turn["user"] for turn in asked])
+    messages = embed_sentences([turn.turn.user.text for turn in asked])
     hits: dict[str, list[float]] = {name: [] for name in ("pegs", *by_text, "chance")}
     found: dict[str, list[float]] = {name: [] for name in ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")}
     for turn, reply, message in zip(asked, forced, messages, strict=True):
-        ids = databases[turn["session"].database]
+        ids = databases[turn.session.database]
         index = torch.tensor([rows[i] for i in ids])
         order = (pipeline.pack_embeds[index] @ reply.query).argsort(descending=True).tolist()
         chosen = {name: int((vectors[index] @ message).argmax()) for name, vectors in by_text.items()}
         for name, row in {"pegs": order[0], **chosen}.items():
-            hits[name].append(pack.by_id[ids[row]].emotion == turn["gold"].emotion)
-        hits["chance"].append([pack.by_id[i].emotion for i in ids].count(turn["gold"].emotion) / len(ids))
-        rank = order.index(ids.index(turn["gold"].id))
+            hits[name].append(pack.by_id[ids[row]].emotion == turn.turn.system.sticker.emotion)
+        hits["chance"].append([pack.by_id[i].emotion for i in ids].count(turn.turn.system.sticker.emotion) / len(ids))
+        rank = order.index(ids.index(turn.turn.system.sticker.id))
         found["mrr"].append(1 / (1 + rank))
         for k in (1, 5, 10):
             found[f"recall_at_{k}"].append(rank < k)
@@ -197,7 +182,7 @@ def main() -> None:
         for i in sorted(rng.sample(range(len(turns)), min(20, len(turns)))):
             reply = replies[seed][i]
             nearest = pipeline.retrieve(reply.query, top_k=1)[0].id if reply.sends else None
-            row = {"user": turns[i]["user"], "reply": reply.text, "sticker": nearest}
+            row = {"user": turns[i].turn.user.text, "reply": reply.text, "sticker": nearest}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (Path(args.model) / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     card = render_card("model_card", figures=figures, drawing=drawing)

@@ -1,6 +1,6 @@
 """StickerConv as a `datasets` builder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,13 @@ class StickerConv(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(split, {"shards": shards, "split": split, "known": known}) for split in splits]
 
     def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[str, dict]]:
-        makers: dict[str, Callable[..., Iterator[dict]]] = {
-            "stickers": self._sticker_rows,
-            "openers": self._opener_rows,
-        }
-        rows = makers.get(self.config.name, self._dialogue_rows)(**kwargs)
+        match self.config.name:
+            case "stickers":
+                rows = self._sticker_rows(**kwargs)
+            case "openers":
+                rows = (opener.model_dump() for opener in load_openers())
+            case _:
+                rows = self._dialogue_rows(**kwargs)
         for number, row in enumerate(rows):
             yield str(number), row
 
@@ -109,9 +111,6 @@ class StickerConv(datasets.GeneratorBasedBuilder):
                 yield from turn_rows(row) if self.config.name == "turns" else [row]
         for message in bad or ():
             logger.warning(f"left out {message}")
-
-    def _opener_rows(self) -> Iterator[dict]:
-        return (opener.model_dump() for opener in load_openers())
 
     def _sticker_rows(
         self, is_test: bool, sources: tuple[Source, ...], stickers: str | None, images: str | None

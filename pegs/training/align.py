@@ -19,13 +19,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from dataset_builders.schema import EMOTIONS
-from dataset_builders.stickerconv.sessions import load_openers
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from pegs.assemble import embed_pack, load_pack
 from pegs.training.data_collator import DataCollatorForPegs
-from pegs.training.dialogues import opener_messages, sent_stickers, session_messages
-from pegs.training.language import load_sessions, sendable
+from pegs.training.dialogues import sent_stickers
+from pegs.training.language import sendable, training_dialogues
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.stages import ConfigError
 from pegs.training.targets import VisionFeatures
@@ -201,8 +200,7 @@ class Pairs(Dataset):
     def __init__(self, states: dict[str, torch.Tensor], emotions: torch.Tensor, args: AlignArguments) -> None:
         self.states, self.args = states, args
         found = emotions[states["gold"]]
-        weights = 1 / found.bincount(minlength=len(EMOTIONS))[found].double()
-        self.weights = (weights / weights.sum()).numpy()
+        self.of_emotion = [(found == emotion).nonzero().flatten().tolist() for emotion in found.unique()]
 
     def __len__(self) -> int:
         return self.args.max_steps * self.args.batch_size
@@ -210,7 +208,8 @@ class Pairs(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((self.args.seed, index))
         states = self.states
-        i, j = int(rng.integers(len(states["ends"]))), int(rng.choice(len(states["spans"]), p=self.weights))
+        alike = self.of_emotion[rng.integers(len(self.of_emotion))]
+        i, j = int(rng.integers(len(states["ends"]))), alike[rng.integers(len(alike))]
         return {
             "ends": states["ends"][i],
             "sent": states["sent"][i],
@@ -228,8 +227,7 @@ def train_align(args: AlignArguments) -> None:
     cache = Path(args.output_dir) / "state" / "decisions.safetensors"
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        dialogues = [session_messages(session, pack) for session in load_sessions(args.sessions, "train")]
-        dialogues += [opener_messages(opener, pack) for opener in load_openers()] if args.openers else []
+        dialogues = training_dialogues(args.sessions, args.openers, pack)
         save_file(decision_states(model, processor, pack, dialogues, args.max_length), cache)
     states = load_file(cache)
     logger.info("%d decisions, %d stickers sent", len(states["ends"]), len(states["spans"]))

@@ -1,36 +1,25 @@
 """The training data of the language stages, all as dialogues in the chat format."""
 
-from dataset_builders.schema import Message, Opener, Session, Sticker
+from dataset_builders.schema import Opener, Session, Sticker
 from dataset_builders.stickers.pack import StickerPack
 
 
-def session_messages(session: Session, pack: StickerPack) -> list[dict]:
-    """A session as chat messages; an image part holds the encoded picture and its `sticker_id`."""
+def session_messages(session: Session, pack: StickerPack | None = None) -> list[dict]:
+    """A session as chat messages; an image part holds the encoded picture and its `sticker_id`. Without a pack, without its stickers."""
     messages = []
     for turn in session.turns:
         for role, message in (("user", turn.user), ("assistant", turn.system)):
-            messages.append({"role": role, "content": _parts(message, pack)})
-    return messages
-
-
-def text_messages(session: Session) -> list[dict]:
-    """A session as chat messages without its stickers."""
-    messages = []
-    for turn in session.turns:
-        for role, message in (("user", turn.user), ("assistant", turn.system)):
-            messages.append({"role": role, "content": [{"type": "text", "text": message.text}]})
+            sticker_id = None if message.sticker is None else message.sticker.id
+            messages.append({"role": role, "content": _parts(message.text, sticker_id, pack)})
     return messages
 
 
 def opener_messages(opener: Opener, pack: StickerPack | None = None) -> list[dict]:
-    """An opener as chat messages like a session's; without a pack, without its stickers."""
+    """An opener as chat messages like a session's."""
     messages = []
     for turn in opener.turns:
-        messages.append({"role": "user", "content": [{"type": "text", "text": turn.user}]})
-        content = [{"type": "text", "text": turn.system}]
-        if pack is not None and turn.sticker is not None:
-            content.append(image_part(turn.sticker, pack))
-        messages.append({"role": "assistant", "content": content})
+        messages.append({"role": "user", "content": _parts(turn.user, None, pack)})
+        messages.append({"role": "assistant", "content": _parts(turn.system, turn.sticker, pack)})
     return messages
 
 
@@ -51,10 +40,10 @@ def turn_contexts(session: Session, pack: StickerPack) -> list[list[dict]]:
     return [messages[: 2 * turn.turn - 1] for turn in session.turns]
 
 
-def _parts(message: Message, pack: StickerPack) -> list[dict]:
-    parts = [{"type": "text", "text": message.text}]
-    if message.sticker is not None:
-        parts.append(image_part(message.sticker.id, pack))
+def _parts(text: str, sticker_id: str | None, pack: StickerPack | None) -> list[dict]:
+    parts = [{"type": "text", "text": text}]
+    if pack is not None and sticker_id is not None:
+        parts.append(image_part(sticker_id, pack))
     return parts
 
 

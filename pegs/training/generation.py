@@ -7,7 +7,6 @@ language model over the data.
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dataset_builders.schema import Opener, Sticker
-from dataset_builders.stickerconv.sessions import load_mini, load_openers
+from dataset_builders.schema import Sticker
 from dataset_builders.stickers.openmoji import cached_pack, cldr_name, list_hexcodes
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
-from pegs.training.dialogues import opener_messages, sent_stickers, session_messages
+from pegs.training.dialogues import sent_stickers
+from pegs.training.language import training_dialogues
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.text_states import encode_captions
 
@@ -119,12 +118,10 @@ class Drawn:
 
 
 def gather_drawn(
-    model: PegsModel, processor: PegsProcessor, pack: StickerPack, cache: Path, openers: Sequence[Opener] = ()
+    model: PegsModel, processor: PegsProcessor, pack: StickerPack, cache: Path, openers: bool = False
 ) -> Drawn:
     """Every place where a sticker should be drawn; hidden states are computed once and kept in `cache`."""
-    dialogues = [opener_messages(opener, pack) for opener in openers]
-    dialogues += [session_messages(session, pack) for session in load_mini("train")]
-    dialogues = [dialogue for dialogue in dialogues if sent_stickers(dialogue)]
+    dialogues = [dialogue for dialogue in training_dialogues("", openers, pack) if sent_stickers(dialogue)]
     dialogues.sort(key=len)  # alike in length, so that batches are padded little
     sent = [sticker_id for dialogue in dialogues for sticker_id in sent_stickers(dialogue)]
     asked = [(request, sticker.caption) for sticker in pack.split("train") for request in sticker_requests(sticker)]
@@ -154,7 +151,7 @@ def train_generation(args: GenerationArguments) -> None:
     model = PegsModel.from_pretrained(args.init_from)
     processor = PegsProcessor.from_pretrained(args.init_from)
     cache = Path(args.output_dir) / "state" / "hidden.safetensors"
-    drawn = gather_drawn(model, processor, cached_pack(), cache, load_openers() if args.openers else ())
+    drawn = gather_drawn(model, processor, cached_pack(), cache, args.openers)
     states = encode_captions(drawn.captions, model.config.prompt_length)
     spread = drawn.hidden.std(dim=0, keepdim=True)
     logger.info(

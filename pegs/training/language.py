@@ -32,7 +32,6 @@ from pegs.training.dialogues import (
     request_dialogues,
     request_messages,
     session_messages,
-    text_messages,
     turn_contexts,
 )
 from pegs.training.pairs import stream_pairs
@@ -341,6 +340,12 @@ def load_sessions(file: str, split: Split) -> list[Session]:
     return [session for session in read_sessions(file) if session.split == split]
 
 
+def training_dialogues(sessions: str, openers: bool, pack: StickerPack | None) -> list[list[dict]]:
+    """The training sessions of a file, of StickerConv-mini if it is empty, and maybe the openers; without a pack, without their stickers."""
+    dialogues = [session_messages(session, pack) for session in load_sessions(sessions, "train")]
+    return dialogues + [opener_messages(opener, pack) for opener in (load_openers() if openers else ())]
+
+
 def sendable(pack: StickerPack) -> list[Sticker]:
     """Stickers that training may send."""
     return pack.split("train") if pack.databases else pack.stickers
@@ -353,14 +358,9 @@ def make_dialogues(args: LanguageArguments, pack: StickerPack) -> tuple[list[lis
         return caption_dialogues(stickers, pack), []
     if args.data == "requests":
         return request_dialogues(stickers, pack), []
-    train, held_out = load_sessions(args.sessions, "train"), load_sessions(args.sessions, "validation")
-    openers = load_openers() if args.openers else []
-    if args.data == "texts":
-        said = [text_messages(session) for session in train] + [opener_messages(opener) for opener in openers]
-        return said, [text_messages(session) for session in held_out]
-    dialogues = [session_messages(session, pack) for session in train]
-    dialogues += [opener_messages(opener, pack) for opener in openers]
-    return dialogues, [session_messages(session, pack) for session in held_out]
+    shown = None if args.data == "texts" else pack
+    held_out = [session_messages(session, shown) for session in load_sessions(args.sessions, "validation")]
+    return training_dialogues(args.sessions, args.openers, shown), held_out
 
 
 def make_collator(
