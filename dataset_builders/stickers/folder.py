@@ -1,9 +1,11 @@
 """A folder or zip of pictures as a sticker source, with what sticker exports put beside them."""
 
 import json
+import lzma
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +19,8 @@ NOTES = re.compile(
     r"(^|/)(pack\.yaml|licen[cs]e[^/]*|readme[^/]*|attribution[^/]*|notice[^/]*|\.[^/]*|__macosx/.*|thumbs\.db)$", re.I
 )
 MAX_NOTE = 4 * 2**20
+# what a damaged member of a zip may raise
+UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 class SourceError(ValueError):
@@ -93,7 +97,7 @@ def _member_reader(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Callable
         try:
             with archive.open(entry) as file:
                 data = file.read(MAX_BYTES + 1)  # the header's size may lie
-        except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+        except UNREADABLE as error:
             raise BadImage(f"cannot be read ({error})") from error
         if len(data) > MAX_BYTES:
             raise BadImage(f"the file is larger than {MAX_BYTES >> 20} MiB")

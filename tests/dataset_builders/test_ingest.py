@@ -157,6 +157,21 @@ def test_a_zip_cannot_write_or_read_outside(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == []
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_of_a_zip_is_left_out(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
+        archive.writestr("good.png", encoded(drawing(40, 40, 1), "PNG"))
+        archive.writestr("torn.png", " ".join(str(i * i) for i in range(5000)).encode(), method)
+        start = archive.getinfo("torn.png").header_offset + 30 + len("torn.png")
+    content = bytearray((tmp_path / "pack.zip").read_bytes())
+    content[start + 9 : start + 200] = bytes(byte ^ 0x5A for byte in content[start + 9 : start + 200])
+    (tmp_path / "pack.zip").write_bytes(content)
+    result = build_from_source(str(tmp_path / "pack.zip"), tmp_path / "pack")
+    assert result.stickers == 1 and [(s.file, s.reason.split(" (")[0]) for s in result.skipped] == [
+        ("torn.png", "cannot be read")
+    ]
+
+
 def test_a_link_out_of_a_folder_is_not_followed(tmp_path):
     (tmp_path / "secret.png").write_bytes(encoded(drawing(9, 9, 1), "PNG"))
     (tmp_path / "in").mkdir()
