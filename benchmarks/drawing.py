@@ -4,7 +4,8 @@ How good the drawn stickers of a model are, one JSON line; contact sheets and `d
     python benchmarks/drawing.py [--model checkpoints/pegs-mini] [--turns 120]
 
 `captions`: the captions of the held-out stickers, drawn as the model does by itself, and in 20 and 50 steps with guidance, beside the real stickers. `replies`: stickers for
-test turns where the gold reply has one, by Gen, RAG and Ret. What each figure is, [`measure_drawings`] says.
+test turns where the gold reply has one, by Gen, RAG and Ret: one drawing each from the generation tokens, and `as sent`, chosen among the candidates that
+the model draws by itself. What each figure is, [`measure_drawings`] says.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dataset_builders.schema import EMOTIONS
+from dataset_builders.schema import EMOTIONS, Sticker
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.encoder import TextEncoder
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
@@ -31,12 +32,13 @@ from pipelines.pipeline_sticker import StickerPipeline
 
 THINGS = ("cat face", "hugging face", "person raising hand", "sleeping face", "dog", "red heart")
 GUIDANCE = 2.5
+SIZE = 256
 
 
 def draw_replies(
     pegs: PegsPipeline, count: int, seed: int
-) -> tuple[dict[str, list[Image.Image]], list[str], list[str]]:
-    """Stickers by variant for test turns, with the gold stickers' emotions and captions."""
+) -> tuple[dict[str, list[Image.Image]], list[str], list[Sticker]]:
+    """Stickers by kind of reply for test turns, with the replies' words and the gold stickers."""
     turns = [turn for turn in system_turns(load_mini("test"), pegs.pack) if turn.turn.system.sticker is not None]
     chosen = turns[:: max(1, len(turns) // count)][:count]
     written = write_replies(pegs, [turn.context for turn in chosen], sticker_bias=math.inf, do_sample=False)
@@ -44,12 +46,17 @@ def draw_replies(
     nearest = [pegs.retrieve(reply.query, 1) for reply in written]
     over = torch.cat([pegs.mix_latents(found) for found in nearest])
     images = {
-        "gen": draw_all(pegs.decoder, states, seed),
-        "rag": draw_all(pegs.decoder, states, seed, init_image=over, strength=0.6),
-        "ret": [pegs.pack.image(found[0].id) for found in nearest],
+        "Ret": [pegs.pack.image(found[0].id) for found in nearest],
+        "Gen": draw_all(pegs.decoder, states, seed),
+        "RAG": draw_all(pegs.decoder, states, seed, init_image=over, strength=0.6),
     }
-    gold = [pegs.pack.by_id[turn.turn.system.sticker.id] for turn in chosen]
-    return images, [sticker.emotion for sticker in gold], [sticker.caption for sticker in gold]
+    for name, variant in (("Gen as sent", "gen"), ("RAG as sent", "rag")):
+        images[name] = [
+            pegs(turn.context, variant, seed + i, floor=0, size=SIZE, sticker_bias=math.inf, do_sample=False).sticker
+            for i, turn in enumerate(chosen)
+        ]
+    golds = [pegs.pack.by_id[turn.turn.system.sticker.id] for turn in chosen]
+    return images, [reply.text for reply in written], golds
 
 
 def main() -> None:
@@ -83,8 +90,9 @@ def main() -> None:
         "real stickers": measure([pack.image(sticker.id) for sticker in held_out], emotions, captions),
         "chance": {"emotion_agreement": round(max(map(emotions.count, EMOTIONS)) / len(emotions), 3), "caption_recall_at_10": 0.1},
     }  # fmt: skip
-    replies, meant, about = draw_replies(pegs, args.turns, args.seed)
-    figures["turns"] = len(meant)
+    replies, words, golds = draw_replies(pegs, args.turns, args.seed)
+    meant, about = [sticker.emotion for sticker in golds], [sticker.caption for sticker in golds]
+    figures["turns"] = len(golds)
     figures["replies"] = {name: measure(images, meant, about) for name, images in replies.items()}
 
     assets = Path(args.model) / "assets"
@@ -92,6 +100,7 @@ def main() -> None:
     images = dict(zip([sticker.id for sticker in held_out], drawn[few], strict=True))
     labels = [f"{sticker.emotion}: {sticker.tags[0]}" for sticker in shown]
     save_sheet([images[sticker.id] for sticker in shown], labels, 6, assets / "held_out_42.png")
+    save_sheet(replies["Gen as sent"][:42], words[:42], 6, assets / "replies_42.png")
     asked = [f"{thing}, {emotion}" for thing in THINGS for emotion in EMOTIONS]
     grid = [image for row in encode_captions(asked, length).split(len(EMOTIONS)) for image in same_noise(pegs.decoder, row, args.seed)]  # fmt: skip
     save_sheet(grid, asked, len(EMOTIONS), assets / "emotions_42.png")

@@ -14,7 +14,7 @@ from .finishing import finish
 from .selector import StickerSelector
 
 
-CONDITIONS = ("generation", "caption", "pooled")
+CONDITIONS = ("generation", "caption", "pooled", "mixed")
 
 
 class Pack(Protocol):
@@ -26,13 +26,28 @@ class Pack(Protocol):
         """RGBA picture of a sticker."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Retrieved:
     """A retrieved sticker and its cosine similarity to the reply (eq. 5)."""
 
     id: str
     score: float
     emotion: str | None  # `None` in a pack that is not annotated
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    What one drawing starts from.
+
+    Args:
+        condition (`str`): `"generation"`, `"caption"` or `"pooled"`.
+        neighbours (`tuple[Retrieved, ...]`): Whose caption it is, the first one's or all; `"rag"` draws over these.
+
+    """
+
+    condition: str
+    neighbours: tuple[Retrieved, ...]
 
 
 @dataclass
@@ -139,7 +154,7 @@ class PegsPipeline:
         seed: int = 0,
         exclude: Sequence[str] = (),
         max_new_tokens: int = 64,
-        condition: str = "generation",
+        condition: str | None = None,
         emotion: str | None = None,
         emotion_scale: float = 1.0,
         strength: float = 0.6,
@@ -169,12 +184,14 @@ class PegsPipeline:
         > Parameters that control what is drawn
 
         Args:
-            condition (`str`, *optional*, defaults to `"generation"`): What the decoder draws from: `"generation"`, the reply's generation tokens; `"caption"`, the
-                caption of the nearest sticker; `"pooled"`, the mean of the captions of the nearest `num_neighbours`, weighted as below.
+            condition (`str`, *optional*): What the decoder draws from: `"generation"`, the reply's generation tokens; `"caption"`, the caption of the nearest sticker,
+                for the second candidate of the second nearest, and so on; `"pooled"`, the mean of the captions of the nearest `num_neighbours`, weighted as
+                below; `"mixed"`, by turns `"generation"` and `"caption"`. Defaults to the decoder's `default_condition`, and without captions to `"generation"`.
             emotion (`str`, *optional*): Emotion to draw instead of the reply's own.
             emotion_scale (`float`, *optional*, defaults to 1.0): 0 for neutral, more than 1 to exaggerate.
             strength (`float`, *optional*, defaults to 0.6): How far `"rag"` goes from the retrieved sticker, in (0, 1].
-            num_neighbours (`int`, *optional*, defaults to 1): How many of the nearest stickers `"rag"` draws over, mixed by a softmax of their similarities.
+            num_neighbours (`int`, *optional*, defaults to 1): How many stickers `"rag"` draws over, mixed by a softmax of their similarities: the nearest ones, or from
+                the one on whose caption is drawn.
             num_candidates (`int`, *optional*): Drawings to choose from, defaults to the decoder's `default_num_candidates`.
             floor (`float`, *optional*, defaults to 0.1): Share of the pack that a drawing must resemble less than it resembles the reply; below it the retrieved
                 sticker is sent. 0 sends any drawing.
@@ -196,7 +213,7 @@ class PegsPipeline:
 
         """
         variant = variant or self.model.config.variant
-        self.check_inputs(variant, condition, num_neighbours)
+        condition = self.check_inputs(variant, condition, num_neighbours)
         started = time.perf_counter()
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -225,17 +242,14 @@ class PegsPipeline:
             if variant == "ret":
                 self._send_retrieved(reply)
             else:
-                neighbours = reply.retrieved[:num_neighbours]
                 with self._lock:  # a scheduler holds the state of one drawing
                     self._draw(
                         reply,
                         query,
-                        num_candidates or self.decoder.config.default_num_candidates,
+                        output.sticker_prompt_embeds[:1],
+                        self.plan(condition, reply.retrieved, num_neighbours, num_candidates),
                         floor,
-                        condition,
                         emotion,
-                        prompt_embeds=self.condition_embeds(condition, output.sticker_prompt_embeds[:1], neighbours),
-                        init_image=self.mix_latents(neighbours) if variant == "rag" and neighbours else None,
                         strength=strength,
                         emotion_scale=emotion_scale,
                         num_inference_steps=num_inference_steps,
@@ -248,9 +262,9 @@ class PegsPipeline:
         self._count(reply)
         return reply
 
-    def check_inputs(self, variant: str, condition: str, num_neighbours: int) -> None:
+    def check_inputs(self, variant: str, condition: str | None, num_neighbours: int) -> str:
         """
-        Check the arguments of a call before anything is computed.
+        Check the arguments of a call before anything is computed, and tell what is drawn from.
 
         Raises:
             ValueError: See [`PegsPipeline.__call__`].
@@ -259,19 +273,40 @@ class PegsPipeline:
         self.model.config.check_variant(variant)
         if variant != "ret" and self.decoder is None:
             raise ValueError(f"`variant` {variant!r} draws stickers, but no sticker decoder was loaded.")
-        if condition not in CONDITIONS:
+        if condition is not None and condition not in CONDITIONS:
             raise ValueError(f"`condition` must be one of {', '.join(CONDITIONS)}, got {condition!r}.")
-        if variant != "ret" and condition != "generation":
-            if self.selector is None:
-                raise ValueError(
-                    f"`condition` {condition!r} needs a model that retrieves; this one has no retrieval tokens."
-                )
-            if self._encode_captions is None and self.decoder.text_encoder is None:
-                raise ValueError(
-                    f"`condition` {condition!r} needs `encode_captions`, or a sticker decoder with a text encoder."
-                )
         if num_neighbours < 1:
             raise ValueError(f"`num_neighbours` must be at least 1, got {num_neighbours}.")
+        if variant == "ret" or condition == "generation":
+            return "generation"
+        lacking = None
+        if self.selector is None:
+            lacking = "a model that retrieves; this one has no retrieval tokens"
+        elif self._encode_captions is None and self.decoder.text_encoder is None:
+            lacking = "`encode_captions`, or a sticker decoder with a text encoder"
+        if lacking and condition:
+            raise ValueError(f"`condition` {condition!r} needs {lacking}.")
+        return "generation" if lacking else condition or self.decoder.config.default_condition
+
+    def plan(
+        self,
+        condition: str,
+        retrieved: Sequence[Retrieved],
+        num_neighbours: int = 1,
+        num_candidates: int | None = None,
+    ) -> list[Candidate]:
+        """What each candidate is drawn from; see [`PegsPipeline.__call__`]."""
+        planned = []
+        for number in range(num_candidates or self.decoder.config.default_num_candidates):
+            kind, first = condition, 0
+            if condition == "mixed":
+                kind = ("generation", "caption")[number % 2]
+            if not retrieved:
+                kind = "generation"
+            elif kind == "caption":
+                first = (number // 2 if condition == "mixed" else number) % len(retrieved)
+            planned.append(Candidate(kind, tuple(retrieved[first : first + num_neighbours])))
+        return planned
 
     def neighbour_weights(self, neighbours: Sequence[Retrieved]) -> torch.Tensor:
         """Softmax `(k,)` of the similarities of retrieved stickers, at the temperature they were learned with (eq. 6-7)."""
@@ -279,13 +314,11 @@ class PegsPipeline:
         return (scores / self.model.config.retrieval_temperature).softmax(dim=0)
 
     @torch.no_grad()
-    def condition_embeds(
-        self, condition: str, prompt_embeds: torch.Tensor, neighbours: Sequence[Retrieved]
-    ) -> torch.Tensor:
-        """What the decoder draws from `(1, L, D)`: the reply's own `prompt_embeds`, or captions of retrieved stickers."""
-        if condition == "generation" or not neighbours:
+    def condition_embeds(self, candidate: Candidate, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """What the decoder draws a candidate from `(1, L, D)`: the reply's own `prompt_embeds`, or captions of retrieved stickers."""
+        if candidate.condition == "generation":
             return prompt_embeds
-        nearest = neighbours[:1] if condition == "caption" else neighbours
+        nearest = candidate.neighbours[:1] if candidate.condition == "caption" else candidate.neighbours
         encode = self._encode_captions or self.decoder.encode_prompt
         states = encode([self.pack.by_id[neighbour.id].caption for neighbour in nearest])
         return (self.neighbour_weights(nearest).to(states).view(-1, 1, 1) * states).sum(dim=0, keepdim=True)
@@ -314,16 +347,23 @@ class PegsPipeline:
         self,
         reply: PegsReply,
         query: torch.Tensor | None,
-        num_candidates: int,
+        prompt_embeds: torch.Tensor,
+        planned: list[Candidate],
         floor: float,
-        condition: str,
         emotion: str | None,
         **decoder_kwargs,
     ) -> None:
         """Draw candidates, choose one, and fall back to retrieval where none may or should be sent."""
-        generators = [torch.Generator().manual_seed(reply.seed + i) for i in range(num_candidates)]
+        over = None
+        if reply.variant == "rag" and reply.retrieved:
+            latents = {neighbours: self.mix_latents(neighbours) for neighbours in {c.neighbours for c in planned}}
+            over = torch.cat([latents[candidate.neighbours] for candidate in planned])
         drawn = self.decoder(
-            num_images_per_prompt=num_candidates, generator=generators, emotion=emotion, **decoder_kwargs
+            prompt_embeds=torch.cat([self.condition_embeds(candidate, prompt_embeds) for candidate in planned]),
+            init_image=over,
+            generator=[torch.Generator().manual_seed(reply.seed + i) for i in range(len(planned))],
+            emotion=emotion,
+            **decoder_kwargs,
         )
         allowed = [blocked is None for blocked in drawn.blocked]
         self.counts["blocked"] += allowed.count(False)
@@ -341,11 +381,16 @@ class PegsPipeline:
                     reply, f"The drawing resembles the reply more than {reply.rank:.0%} of the pack only"
                 )
         reply.sticker = drawn.images[best]
-        source = {"generation": "the reply's own generation tokens", "caption": "the caption of the nearest sticker"}
-        reply.why = f"Drawn from {source.get(condition, 'the captions of the nearest stickers')}"
-        if reply.variant == "rag" and reply.retrieved:
-            reply.why += f" over {reply.retrieved[0].id}, the nearest sticker of the pack"
-        reply.why += f"; the best of {num_candidates}." if num_candidates > 1 else "."
+        chosen = planned[best]
+        source = "the captions of the nearest stickers"
+        if chosen.condition == "generation":
+            source = "the reply's own generation tokens"
+        elif chosen.condition == "caption":
+            source = f"the caption of {chosen.neighbours[0].id}"
+        reply.why = f"Drawn from {source}"
+        if over is not None:
+            reply.why += f" over {chosen.neighbours[0].id}"
+        reply.why += f"; the best of {len(planned)}." if len(planned) > 1 else "."
         return None
 
     def _send_retrieved(self, reply: PegsReply, because: str | None = None) -> None:

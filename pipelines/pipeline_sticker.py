@@ -79,6 +79,7 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         default_num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a call that does not say; few where the denoiser can do with few.
         default_guidance_scale (`float`, *optional*, defaults to 2.5): Guidance of a call that does not say; 1 is off.
         default_num_candidates (`int`, *optional*, defaults to 1): Drawings among which [`PegsPipeline`] chooses one unless told otherwise.
+        default_condition (`str`, *optional*, defaults to `"generation"`): What [`PegsPipeline`] has drawn unless told otherwise.
 
     Raises:
         ValueError: If the text encoder's states do not fit the denoiser.
@@ -104,6 +105,7 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         default_num_inference_steps: int = 20,
         default_guidance_scale: float = 2.5,
         default_num_candidates: int = 1,
+        default_condition: str = "generation",
     ) -> None:
         super().__init__()
         if text_encoder is not None and text_encoder.config.hidden_size != unet.config.cross_attention_dim:
@@ -126,6 +128,7 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
             default_num_candidates=default_num_candidates,
+            default_condition=default_condition,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)

@@ -155,6 +155,8 @@ class DecoderUnetArguments(LoopArguments):
         num_inference_steps (`int`): The saved pipeline's number of steps, without guidance: a caption leaves so little open that four steps of DDIM land
             where twenty with guidance do.
         num_candidates (`int`): How many drawings of the saved pipeline a reply chooses from.
+        condition (`str`): What the saved pipeline has them drawn from, see [`PegsPipeline.__call__`]: in the middle of a dialogue the mapper's output is the
+            mean of all that might fit, and captions of what fits draw clearer.
         snr_gamma (`float`): Min-SNR-gamma (arXiv:2303.09556), on SNR + 1: with zero terminal SNR the first step would else have no weight.
         ema_decay (`float`): Decay of the weights' moving average, which is what is saved.
         unet (`dict`): Arguments of `diffusers.UNet2DConditionModel`.
@@ -169,18 +171,20 @@ class DecoderUnetArguments(LoopArguments):
     mapped_part: float = 0.5
     num_inference_steps: int = 4
     num_candidates: int = 4
+    condition: str = "mixed"
     snr_gamma: float = 5.0
     ema_decay: float = 0.9995
     unet: dict = field(default_factory=dict)
     init_from: str = ""
 
     @property
-    def defaults(self) -> dict[str, float]:
+    def defaults(self) -> dict[str, int | float | str]:
         """How the saved pipeline draws unless told otherwise."""
         return {
             "default_num_inference_steps": self.num_inference_steps,
             "default_guidance_scale": 1.0,
             "default_num_candidates": self.num_candidates,
+            "default_condition": self.condition,
         }
 
 

@@ -148,6 +148,44 @@ def test_conditions_and_neighbours_change_the_drawing(pipeline):
     assert len(set(drawings.values())) == 5  # with one neighbour the pooled caption is the nearest one's
 
 
+def test_mixed_candidates_are_drawn_from_the_reply_and_from_captions_by_turns(pipeline):
+    retrieved = [Retrieved("red", 0.5, "anger"), Retrieved("blue", 0.4, "sadness")]
+    planned = pipeline.plan("mixed", retrieved, num_candidates=6)
+    told = [(candidate.condition, candidate.neighbours[0].id) for candidate in planned]
+    assert told[::2] == [("generation", "red")] * 3
+    assert told[1::2] == [("caption", "red"), ("caption", "blue"), ("caption", "red")]
+    captions = pipeline.plan("caption", retrieved, num_neighbours=2, num_candidates=2)
+    assert [candidate.neighbours for candidate in captions] == [tuple(retrieved), tuple(retrieved[1:])]
+
+
+@pytest.mark.parametrize("variant", ["gen", "rag"])
+def test_a_caption_draws_the_same_among_others_as_alone(pipeline, variant):
+    everything = list(pipeline.pack_ids)
+    settings = FAST | {"condition": "caption", "variant": variant}
+    best = pipeline(tiny.dialogue(), num_candidates=3, **settings)
+    found = [item.id for item in best.retrieved]
+    alone = [
+        pipeline(tiny.dialogue(), seed=i, exclude=[x for x in everything if x != found[i]], **settings)
+        for i in range(3)
+    ]
+    chosen = [reply.sticker.tobytes() for reply in alone].index(best.sticker.tobytes())
+    assert best.why.startswith(f"Drawn from the caption of {found[chosen]}")
+    assert (f" over {found[chosen]}" in best.why) == (variant == "rag")
+
+
+def test_the_decoder_says_what_is_drawn_from_unless_told_otherwise(pipeline):
+    plain = pipeline(tiny.dialogue(), variant="gen", **FAST)
+    pipeline.decoder = tiny.make_tiny_decoder(default_condition="caption")
+    captioned = pipeline(tiny.dialogue(), variant="gen", **FAST)
+    told = pipeline(tiny.dialogue(), variant="gen", condition="generation", **FAST)
+    assert plain.why == told.why == "Drawn from the reply's own generation tokens."
+    assert captioned.why == f"Drawn from the caption of {captioned.retrieved[0].id}."
+    captionless = PegsPipeline(
+        pipeline.model, pipeline.processor, pipeline.pack, pipeline.pack_embeds, pipeline.decoder
+    )
+    assert captionless(tiny.dialogue(), variant="gen", **FAST).why == plain.why
+
+
 def test_mixed_latents_are_the_weighted_mean(pipeline):
     neighbours = [Retrieved("red", 0.5, "anger"), Retrieved("blue", 0.4, "sadness")]
     weights = torch.softmax(torch.tensor([0.5, 0.4]) / 0.07, dim=0)
@@ -194,7 +232,7 @@ def test_replies_at_the_same_time_do_not_disturb_each_other(pipeline):
 def test_variants_that_cannot_be_served_are_refused(pipeline):
     with pytest.raises(ValueError, match="must be one of ret, gen, rag"):
         pipeline(tiny.dialogue(), variant="fax")
-    with pytest.raises(ValueError, match="`condition` must be one of generation, caption, pooled, got 'x'"):
+    with pytest.raises(ValueError, match="`condition` must be one of generation, caption, pooled, mixed, got 'x'"):
         pipeline(tiny.dialogue(), variant="gen", condition="x")
     with pytest.raises(ValueError, match="`num_neighbours` must be at least 1"):
         pipeline(tiny.dialogue(), variant="rag", num_neighbours=0)
