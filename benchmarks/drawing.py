@@ -30,7 +30,7 @@ from pipelines.pipeline_pegs import PegsPipeline
 from pipelines.pipeline_sticker import StickerPipeline
 
 
-THINGS = ("cat face", "hugging face", "person raising hand", "sleeping face", "dog", "red heart")
+THINGS = ("face", "cat face", "person", "sleeping face", "dog", "red heart")
 GUIDANCE = 2.5
 SIZE = 256
 

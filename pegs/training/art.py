@@ -12,6 +12,10 @@ from dataset_builders.stickers import openmoji
 from dataset_builders.stickers.pack import StickerPack
 
 
+KINDS = {"cat": "cat face", "person": "person", "woman": "person", "man": "person", "heart": "heart", "face": "face"}
+ANIMALS = ("dragon", "monkey", "mouse", "pig", "rabbit", "tiger")
+
+
 @dataclass
 class Drawing:
     """One drawing of the training art: `pixels` is uint8 RGBA `(size, size, 4)`, `caption` what it shows."""
@@ -39,6 +43,20 @@ def load_art(pack: StickerPack, size: int) -> list[Drawing]:
         pixels = np.asarray(openmoji.render(hexcode, size))
         art.append(Drawing(hexcode, caption, pixels, sticker.id if sticker else None))
     return art
+
+
+def general_caption(caption: str) -> str | None:
+    """
+    An annotated caption without what is particular, `"weary face, sadness"` as `"face, sadness"`, or `None` where it is of no kind that has many faces.
+
+    Captions of one thing under several emotions are rare: of these a decoder learns what an emotion looks like.
+    """
+    name, _, emotion = caption.rpartition(", ")
+    words = name.split()
+    if not words or words[0] in ANIMALS:
+        return None
+    kinds = [kind for word, kind in KINDS.items() if word in words]
+    return f"{kinds[0]}, {emotion}" if kinds else None
 
 
 def to_rgba_tensor(pixels: np.ndarray | Image.Image) -> torch.Tensor:

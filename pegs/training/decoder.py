@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dataset_builders.stickers.openmoji import cached_pack
 from modeling_pegs import PegsModel, PegsProcessor
-from pegs.training.art import ArtCrops, Drawing, load_art, to_rgba_tensor
+from pegs.training.art import ArtCrops, Drawing, general_caption, load_art, to_rgba_tensor
 from pegs.training.generation import gather_drawn
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.text_states import encode_captions
@@ -152,6 +152,8 @@ class DecoderUnetArguments(LoopArguments):
         drop_part (`float`): Share of the samples without a condition, for classifier-free guidance.
         mapped_part (`float`): Share of the samples whose condition is what PEGS asks for (eq. 9) and not the caption's own states: the mapper is never exact,
             and a denoiser of two thousand drawings does not forgive that by itself.
+        general_part (`float`): Share of the samples of faces, cats, people and hearts whose caption names the kind and the emotion alone.
+        openers (`bool`): Whether the openers are among the dialogues of `mapped_part`, as they were for `pegs`.
         num_inference_steps (`int`): The saved pipeline's number of steps, without guidance: a caption leaves so little open that four steps of DDIM land
             where twenty with guidance do.
         num_candidates (`int`): How many drawings of the saved pipeline a reply chooses from.
@@ -169,6 +171,8 @@ class DecoderUnetArguments(LoopArguments):
     pack_part: float = 0.6
     drop_part: float = 0.1
     mapped_part: float = 0.5
+    general_part: float = 0.0
+    openers: bool = False
     num_inference_steps: int = 4
     num_candidates: int = 4
     condition: str = "mixed"
@@ -190,11 +194,12 @@ class DecoderUnetArguments(LoopArguments):
 
 class ConditionedLatents(Dataset):
     """
-    Latents with a condition, the caption's states or what PEGS asks for; an index maps to one fixed random draw.
+    Latents with a condition, the states of a caption or what PEGS asks for; an index maps to one fixed random draw.
 
     Args:
         latents (`torch.Tensor` of shape `(2, n, C, h, w)`): Of the drawings, plain and mirrored.
         states (`torch.Tensor` of shape `(n, L, D)`): Of their captions.
+        general (`dict[int, torch.Tensor]`): Of their general captions, `(L, D)`, for those that have one.
         mapped (`list[torch.Tensor]`): What PEGS asks for where it should draw them, `(k, L, D)` each, k may be 0.
         art (`list[Drawing]`): The drawings.
         args ([`DecoderUnetArguments`]): Shares.
@@ -205,11 +210,12 @@ class ConditionedLatents(Dataset):
         self,
         latents: torch.Tensor,
         states: torch.Tensor,
+        general: dict[int, torch.Tensor],
         mapped: list[torch.Tensor],
         art: list[Drawing],
         args: DecoderUnetArguments,
     ) -> None:
-        self.latents, self.states, self.mapped, self.args = latents, states, mapped, args
+        self.latents, self.states, self.general, self.mapped, self.args = latents, states, general, mapped, args
         self.pack = [i for i, drawing in enumerate(art) if drawing.sticker_id]
         self.others = [i for i, drawing in enumerate(art) if not drawing.sticker_id]
 
@@ -220,19 +226,23 @@ class ConditionedLatents(Dataset):
         rng = np.random.default_rng((self.args.seed, index))
         among = self.pack if rng.random() < self.args.pack_part else self.others
         i = among[rng.integers(len(among))]
-        states, draw = self.states[i], rng.random()
-        if draw < self.args.drop_part:
+        states, args = self.states[i], self.args
+        draw, mapped_from, general_from = rng.random(), args.drop_part, args.drop_part + args.mapped_part
+        if draw < mapped_from:
             states = torch.zeros_like(states)
-        elif draw < self.args.drop_part + self.args.mapped_part and len(self.mapped[i]):
+        elif draw < general_from and len(self.mapped[i]):
             states = self.mapped[i][rng.integers(len(self.mapped[i]))].float()
+        elif general_from <= draw < general_from + args.general_part and i in self.general:
+            states = self.general[i]
         return {"latents": self.latents[rng.integers(2), i], "states": states}
 
 
 @torch.no_grad()
-def mapped_conditions(pegs: str, captions: list[str], cache: Path) -> list[torch.Tensor]:
-    """What PEGS' feature mapper gives in all places where it should draw each caption, float16 `(k, L, D)` a caption; kept in `cache`."""
+def mapped_conditions(pegs: str, captions: list[str], openers: bool) -> list[torch.Tensor]:
+    """What PEGS' feature mapper gives in all places where it should draw each caption, float16 `(k, L, D)` a caption."""
     model, processor = PegsModel.from_pretrained(pegs), PegsProcessor.from_pretrained(pegs)
-    drawn = gather_drawn(model, processor, cached_pack(), cache)
+    cache = Path(pegs) / "state" / "hidden.safetensors"  # left there by the stage that trained the mapper
+    drawn = gather_drawn(model, processor, cached_pack(), cache, openers)
     embeds = torch.cat([model.feature_mapper(chunk).half() for chunk in drawn.hidden.split(256)])
     rows: dict[str, list[int]] = {}
     for row, caption in enumerate(drawn.captions):
@@ -246,9 +256,13 @@ def decoder_dataset(args: DecoderUnetArguments, vae: AutoencoderKL) -> Condition
     mirrored = [replace(drawing, pixels=np.ascontiguousarray(drawing.pixels[:, ::-1])) for drawing in art]
     latents = torch.stack([encode_art(vae, art), encode_art(vae, mirrored)]) * vae.config.scaling_factor
     captions = [drawing.caption or "" for drawing in art]
-    mapped = mapped_conditions(args.pegs, captions, Path(args.output_dir) / "state" / "hidden.safetensors")
+    mapped = mapped_conditions(args.pegs, captions, args.openers)
     prompt_length = mapped[0].shape[1]
-    return ConditionedLatents(latents, encode_captions(captions, prompt_length), mapped, art, args)
+    general = {
+        i: kind for i, drawing in enumerate(art) if drawing.sticker_id and (kind := general_caption(captions[i]))
+    }
+    general_states = dict(zip(general, encode_captions(list(general.values()), prompt_length), strict=True))
+    return ConditionedLatents(latents, encode_captions(captions, prompt_length), general_states, mapped, art, args)
 
 
 def train_unet(args: DecoderUnetArguments) -> None:

@@ -1,15 +1,18 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack
-from pegs.training.decoder import DecoderVaeArguments, reconstruction_loss
+from pegs.training.art import Drawing, general_caption
+from pegs.training.decoder import ConditionedLatents, DecoderUnetArguments, DecoderVaeArguments, reconstruction_loss
 from pegs.training.loop import LoopArguments, cosine_with_warmup, train_loop
 from pegs.training.stages import STAGES, ConfigError, build_arguments, load_config
 from tests.fixtures import tiny
@@ -139,3 +142,36 @@ def test_export_loads_as_float32_in_one_folder(tmp_path):
     assert isinstance(again.generation_config.sticker_rate, float)
     assert not (tmp_path / "out" / "old.safetensors").exists() and (tmp_path / "out" / "README.md").exists()
     assert StickerPipeline.from_pretrained(tmp_path / "out").unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("caption", "general"),
+    [
+        ("weary face, sadness", "face, sadness"),
+        ("cat with tears of joy, happiness", "cat face, happiness"),
+        ("woman pouting, anger", "person, anger"),
+        ("broken heart, sadness", "heart, sadness"),
+        ("tiger face, anger", None),
+        ("cactus, neutral", None),
+        ("cactus", None),
+    ],
+)
+def test_a_general_caption_names_the_kind_and_the_emotion(caption, general):
+    assert general_caption(caption) == general
+
+
+def test_the_denoiser_is_conditioned_by_shares():
+    drawings = [Drawing(str(i), f"{i}", np.zeros(1), sticker_id) for i, sticker_id in enumerate(["a", "b", None])]
+    args = DecoderUnetArguments(
+        "", 1000, 1, 0.1, pack_part=0.7, drop_part=0.1, mapped_part=0.3, general_part=0.2
+    )  # fmt: skip
+    latents = torch.arange(3.0).view(1, 3, 1, 1, 1).repeat(2, 1, 1, 1, 1)
+    states = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    mapped = [torch.full((1, 1, 1), 4.0), torch.zeros(0, 1, 1), torch.zeros(0, 1, 1)]
+    dataset = ConditionedLatents(latents, states, {0: torch.full((1, 1), 5.0)}, mapped, drawings, args)
+    rows = [dataset[i] for i in range(len(dataset))]
+    drawn = Counter((int(row["latents"]), int(row["states"])) for row in rows)
+    assert set(drawn) == {(0, 0), (0, 1), (0, 4), (0, 5), (1, 0), (1, 2), (2, 0), (2, 3)}
+    first = sum(count for (drawing, _), count in drawn.items() if drawing == 0)
+    assert first / len(rows) == pytest.approx(0.35, abs=0.05)
+    assert drawn[0, 4] / first == pytest.approx(0.3, abs=0.07) and drawn[0, 5] / first == pytest.approx(0.2, abs=0.07)
