@@ -38,6 +38,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 POSITIONS_AT_ONCE = 256
 # Arguments of `from_pretrained` that a referenced language model is loaded with as well.
 SHARED_ARGUMENTS = ("device_map", "max_memory", "offload_folder", "attn_implementation")
+DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
 
 
 @dataclass
@@ -47,7 +49,7 @@ class PegsOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Weighted sum of the losses (eq. 10), returned with `labels`.
-        logits (`torch.Tensor` of shape `(B, T, V + 3 + r)`): Scores of the old and the added vocabulary.
+        logits (`torch.Tensor` of shape `(B, T, V + 3 + r)`, *optional*): Scores of the old and the added vocabulary.
         past_key_values (`Cache`, *optional*): The language model's cache.
         last_hidden_state (`torch.Tensor` of shape `(B, T, d)`): The language model's last hidden states.
         lm_loss (`torch.Tensor` of shape `()`, *optional*): Eq. 4.
@@ -214,8 +216,8 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
 
         Raises:
             FileNotFoundError: If the referenced language or vision model is nowhere.
-            ValueError: If there are no safetensors files, or a tensor is missing or has another shape than the configuration says;
-                or if there is no referenced language model to quantise.
+            ValueError: If there are no safetensors files, a tensor or the LoRA adapter is missing, or a tensor has another shape than the configuration
+                says; or if there is no referenced language model to quantise.
 
         """
         _refuse_pickles(Path(pretrained_model_name_or_path, kwargs.get("subfolder", "")), "*.safetensors")
@@ -246,8 +248,9 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             )
             adapter = None
             if model.config.lora is not None:
-                adapter = _checkpoint_folder(pretrained_model_name_or_path, kwargs.get("revision")) / ADAPTER_FOLDER
-                adapter = adapter if adapter.is_dir() else None
+                adapter = _checkpoint_folder(pretrained_model_name_or_path, kwargs) / ADAPTER_FOLDER
+                if not adapter.is_dir():
+                    raise ValueError(f"{adapter} is missing: the configuration says that there is LoRA.")
             model.attach_language_model(language_model, adapter)
         elif quantization_config is not None:
             raise ValueError(
@@ -275,7 +278,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
         """
-        Save the checkpoint; referenced language and vision models are left out, the LoRA adapter goes into `adapter/` in PEFT's format.
+        Save the checkpoint; referenced language and vision models are left out, the LoRA adapter goes into `adapter/` in PEFT's format. What is pushed is all of it.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder.
@@ -285,6 +288,8 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         """
         # `custom_object_save` adds the other auto classes, and knows of one only for a model
         self.config.auto_map = {"AutoModelForImageTextToText": f"{type(self).__module__.split('.')[-1]}.PegsModel"}
+        pushes = kwargs.pop("push_to_hub", False)  # the base class would upload in the middle, without the adapter
+        push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         left_out = self.referenced_parts()
         if self.config.language_model is not None:
             left_out = [*left_out, "language_model"]
@@ -304,9 +309,11 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         if "language_model" in left_out:
             self.language_model = None
         try:
-            return super().save_pretrained(save_directory, state_dict=own, **kwargs)
+            super().save_pretrained(save_directory, state_dict=own, **kwargs)
         finally:
             self.language_model = language_model
+        if pushes:
+            self.push_to_hub(push.pop("repo_id", Path(save_directory).name), **push)
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         """As in transformers; the names are always looked up anew, because those it notes itself do not know of a LoRA wrapper."""
@@ -467,7 +474,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states = outputs.last_hidden_state.to(inputs_embeds.device)  # of layers that may be spread over several
         texts = images = None
         if retrieval_features is not None:
             spans = self.get_img_hidden_states(input_ids, hidden_states)
@@ -592,10 +599,15 @@ def _load_adapter(language_model: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
-def _checkpoint_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=[f"{ADAPTER_FOLDER}/*"]))
+def _checkpoint_folder(name_or_path: str | os.PathLike, kwargs: dict) -> Path:
+    """The checkpoint's folder, with its adapter; from the Hub, with the arguments `kwargs` of `from_pretrained` that concern it."""
+    subfolder = kwargs.get("subfolder", "")
+    if not Path(name_or_path).is_dir():
+        shared = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+        name_or_path = snapshot_download(
+            str(name_or_path), allow_patterns=[str(Path(subfolder, ADAPTER_FOLDER, "*"))], **shared
+        )
+    return Path(name_or_path, subfolder)
 
 
 PegsModel.register_for_auto_class("AutoModel")

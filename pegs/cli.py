@@ -119,7 +119,7 @@ def chat(
     """Chat in the browser, or in the terminal."""
     from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
 
-    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers)
+    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant if terminal else None)
     check_rate(pipeline.model, sticker_rate)
     if terminal:
         from pegs.serving.terminal import run_terminal

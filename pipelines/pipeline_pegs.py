@@ -174,7 +174,7 @@ class PegsPipeline:
         > Parameters that control the text
 
         Args:
-            messages (`list[dict]`): The dialogue in the chat format, the last message a user's.
+            messages (`list[dict]`): The dialogue in the chat format, the last message a user's. Of one that is too long, the oldest exchanges are not read.
             variant (`str`, *optional*): `"ret"`, `"gen"` or `"rag"`, defaults to the model's.
             seed (`int`, *optional*, defaults to 0): Same seed, same reply and picture.
             exclude (`Sequence[str]`, *optional*): Sticker ids not to send again.
@@ -209,15 +209,14 @@ class PegsPipeline:
             [`PegsReply`].
 
         Raises:
-            ValueError: If the variant or the condition is unknown, or cannot be served by this model or without a decoder.
+            ValueError: If the variant or the condition is unknown, or cannot be served by this model or without a decoder; or if the last message alone is longer
+                than the model can read.
 
         """
         variant = variant or self.model.config.variant
         condition = self.check_inputs(variant, condition, num_neighbours)
         started = time.perf_counter()
-        inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
+        inputs = self.encode(messages, max_new_tokens)
         with self._lock, torch.random.fork_rng():
             torch.manual_seed(seed)  # transformers samples from the global generator only
             output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)
@@ -261,6 +260,22 @@ class PegsPipeline:
         reply.seconds["sticker"] = time.perf_counter() - started
         self._count(reply)
         return reply
+
+    def encode(self, messages: list[dict], max_new_tokens: int) -> Any:
+        """The model's inputs for a dialogue, without the oldest exchanges where there is else no room for `max_new_tokens` and a sticker."""
+        room = (
+            self.model.config.text_config.max_position_embeddings - max_new_tokens - self.model.config.num_img_tokens
+        )
+        while True:
+            inputs = self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            length = inputs["input_ids"].shape[1]
+            if length <= room:
+                return inputs.to(self.model.device)
+            if len(messages) < 3:
+                raise ValueError(f"The last message has {length} tokens, and the model can read {room}.")
+            messages = messages[2:]
 
     def check_inputs(self, variant: str, condition: str | None, num_neighbours: int) -> str:
         """
@@ -320,7 +335,7 @@ class PegsPipeline:
             return prompt_embeds
         nearest = candidate.neighbours[:1] if candidate.condition == "caption" else candidate.neighbours
         encode = self._encode_captions or self.decoder.encode_prompt
-        states = encode([self.pack.by_id[neighbour.id].caption for neighbour in nearest])
+        states = encode([self.pack.by_id[neighbour.id].caption for neighbour in nearest]).to(prompt_embeds)
         return (self.neighbour_weights(nearest).to(states).view(-1, 1, 1) * states).sum(dim=0, keepdim=True)
 
     @torch.no_grad()

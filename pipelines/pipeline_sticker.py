@@ -22,7 +22,7 @@ from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixi
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .emotions import EmotionStates
 from .finishing import cut_out, finish, to_image
@@ -31,6 +31,7 @@ from .safety import check_images
 
 CODE = ("pipeline_sticker.py", "emotions.py", "finishing.py", "safety.py")
 EMOTIONS_FOLDER = "emotions"
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
 SCHEDULERS = {
     "ddim": DDIMScheduler,
     "dpm++": DPMSolverMultistepScheduler,
@@ -137,6 +138,8 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save the components, the emotion slider if there is one, and this pipeline's own code, so that `DiffusionPipeline.from_pretrained` finds all."""
         states = self._find_emotion_states()
+        pushes = kwargs.pop("push_to_hub", False)  # the base class would upload before the rest is there
+        push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
         folder, source = Path(save_directory), Path(__file__).parent
         for name in CODE:
@@ -147,6 +150,8 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         index["_class_name"] = ["pipeline_sticker", "StickerPipeline"]
         index.pop("_name_or_path", None)  # a place on this machine
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        if pushes:
+            self.push_to_hub(push.pop("repo_id", folder.name), **push)
 
     @classmethod
     def load_config(cls, *args, **kwargs) -> dict | tuple:
@@ -387,8 +392,8 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Picture to an autoencoder input `(1, 3 or 4, H, W)` in `[-1, 1]`: colour on white, and alpha if the autoencoder takes it."""
         side = self.unet.config.sample_size * self.vae_scale_factor
-        rgba = image.convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
-        array = torch.from_numpy(np.array(rgba, dtype=np.float32)) / 255
+        square = ImageOps.pad(image.convert("RGBA"), (side, side), Image.Resampling.LANCZOS, color=(0, 0, 0, 0))
+        array = torch.from_numpy(np.array(square, dtype=np.float32)) / 255
         color = array[..., :3] * array[..., 3:] + 1 - array[..., 3:]
         channels = color if self.vae.config.in_channels == 3 else torch.cat([color, array[..., 3:]], dim=-1)
         return (channels.permute(2, 0, 1) * 2 - 1).unsqueeze(0)

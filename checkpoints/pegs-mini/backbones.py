@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def convert_gguf(gguf: Path) -> Path:
             partial.rename(folder)
         except OSError:  # another process was faster
             logger.info("%s is already there", folder)
+            shutil.rmtree(partial)
     return folder
 
 

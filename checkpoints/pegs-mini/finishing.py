@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from torch.nn import functional as F
 
 
@@ -55,7 +55,7 @@ def add_outline(image: Image.Image, width: int, color: str = "white") -> Image.I
     Put a rim of one colour around a sticker, as messengers' stickers have it.
 
     Args:
-        image (`PIL.Image.Image`): Square.
+        image (`PIL.Image.Image`): The sticker.
         width (`int`): Of the rim in pixels; a drawing that leaves no room for it is made smaller.
         color (`str`, *optional*, defaults to `"white"`): Any colour that PIL knows.
 
@@ -67,11 +67,11 @@ def add_outline(image: Image.Image, width: int, color: str = "white") -> Image.I
     if width < 1 or image.getchannel("A").getbbox() is None:
         return image
     left, top, right, bottom = image.getchannel("A").getbbox()
-    side = image.width
-    if min(left, top, side - right, side - bottom) < width:
-        inner = upscale(image, side - 2 * width)
+    if min(left, top, image.width - right, image.height - bottom) < width:
+        room = (image.width - 2 * width, image.height - 2 * width)
+        inner = ImageOps.contain(image, room, Image.Resampling.LANCZOS)
         image = Image.new("RGBA", image.size)
-        image.paste(inner, (width, width))
+        image.paste(inner, ((image.width - inner.width) // 2, (image.height - inner.height) // 2))
     alpha = torch.from_numpy(np.asarray(image.getchannel("A"), dtype=np.float32) / 255)
     solid = ((alpha - 0.25) * 2).clamp(0, 1)  # faint specks get no rim
     reach = torch.arange(-width, width + 1.0)
@@ -126,9 +126,9 @@ def finish(image: Image.Image, size: int | None = None, outline: float = 0.0) ->
     Bring a drawing into the form in which it is sent.
 
     Args:
-        image (`PIL.Image.Image`): Square RGBA.
+        image (`PIL.Image.Image`): RGBA, square where a `size` is given.
         size (`int`, *optional*): Side in pixels, defaults to the drawing's own.
-        outline (`float`, *optional*, defaults to 0.0): Width of a white rim as a share of the side; 0.03 looks like a messenger's.
+        outline (`float`, *optional*, defaults to 0.0): Width of a white rim as a share of the picture's; 0.03 looks like a messenger's.
 
     Returns:
         `PIL.Image.Image`.

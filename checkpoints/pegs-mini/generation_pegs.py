@@ -80,6 +80,8 @@ class PegsCache(DynamicCache):
         try:
             self.crop(common - length)
         except RuntimeError:  # a sliding window has already forgotten what came before
+            common = 0
+        if not common:  # nothing is left of it, the number of rows neither
             self.reset()
             self.token_ids = None
 
@@ -236,10 +238,11 @@ class PegsGenerationMixin:
 
         Raises:
             ValueError: If placeholders and stickers do not match in number, the rate is none or the checkpoint was not calibrated for rates, or a
-                cache is passed to beam search.
+                cache is passed to beam search or for several replies to one prompt.
 
         """
-        settings, _ = self._prepare_generation_config(kwargs.get("generation_config"), **kwargs)
+        others = {name: value for name, value in kwargs.items() if name != "generation_config"}
+        settings, _ = self._prepare_generation_config(kwargs.get("generation_config"), **others)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.check_placeholders(input_ids, pixel_values)
@@ -254,8 +257,10 @@ class PegsGenerationMixin:
         thresholds = draw_thresholds(len(input_ids) * copies, bias, sampled).to(input_ids.device)
         added_id, img1_id = self.config.first_new_token_id, self.config.img_token_ids[0]
         restraint = StickerLogitsProcessor(img1_id, stop_ids, added_id, prompt_length)
-        if has_beams and past_key_values is not None:
-            raise ValueError("`past_key_values` cannot be used with beam search; pass `num_beams=1` or no cache.")
+        if past_key_values is not None and (has_beams or copies > 1):
+            raise ValueError(
+                "`past_key_values` is of one conversation a row; pass `num_beams=1` and `num_return_sequences=1`, or no cache."
+            )
         identified, new_pixel_values = None, pixel_values
         if settings.cache_implementation is not None:
             room = settings.max_new_tokens or settings.max_length

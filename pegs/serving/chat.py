@@ -36,8 +36,8 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
     Args:
         pipeline ([`PegsPipeline`]): Answers.
         variant (`str`): Which variant is chosen at first.
-        sticker_rate (`float`, *optional*): Share of replies with a sticker at first, defaults to the model's. A model that was not calibrated for rates has no
-            slider for it.
+        sticker_rate (`float`, *optional*): Share of replies with a sticker at first, defaults to the model's. A model that was not calibrated for rates, or sends
+            as many as it has learned, has no slider for it.
 
     Returns:
         `gr.Blocks`: Ready to `launch`.
@@ -48,8 +48,8 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
     for sticker in pack.stickers:
         shelves.setdefault(sticker.emotion or sticker.theme or "stickers", []).append(sticker.id)
     settings = pipeline.model.generation_config
-    calibrated = getattr(settings, "sticker_logit_quantiles", None) is not None
-    usual = getattr(settings, "sticker_rate", 0.5) if sticker_rate is None else sticker_rate
+    usual = getattr(settings, "sticker_rate", None) if sticker_rate is None else sticker_rate
+    has_slider = getattr(settings, "sticker_logit_quantiles", None) is not None and isinstance(usual, int | float)
     choices = VARIANTS if pipeline.decoder is not None else VARIANTS[:1]
 
     def send(
@@ -62,7 +62,8 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         seed: float,
         shown: list[dict],
     ):
-        """Show the user's message at once, then the reply; an error leaves the conversation as it was."""
+        """Show the user's message at once, then the reply; an error leaves the conversation, and what was to be sent, as it was."""
+        before = [shown, history, text, upload, picked]
         text = (text or "").strip()
         picture = None
         if upload:
@@ -89,10 +90,11 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
                 variant=kind,
                 seed=int(seed or 0) + len(messages),
                 exclude=sent,
-                sticker_rate=rate if calibrated else None,
+                sticker_rate=rate if has_slider else sticker_rate,
             )
-        except InputError as error:
-            raise gr.Error(str(error)) from None
+        except Exception as error:  # whatever it was, the conversation goes on
+            yield before
+            raise gr.Error(str(error)) from error
         answer = [{"type": "text", "text": reply.text}]
         if reply.sticker is not None:
             answer.append({"type": "image", "image": reply.sticker})
@@ -101,7 +103,13 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
             {"message": messages[-1], "sticker_id": None},
             {"message": {"role": "assistant", "content": answer}, "sticker_id": reply.sticker_id},
         ]
-        yield [*shown, *show_reply(reply)], history, "", None, None
+        yield (
+            [*shown, *show_reply(reply)],
+            history,
+            gr.skip(),
+            gr.skip(),
+            gr.skip(),
+        )  # the next message may be half typed
 
     def show_picture(picture: Image.Image) -> gr.Image:
         """A sticker as the chat shows it."""
@@ -127,14 +135,15 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         return parts
 
     def undo(history: list[dict], shown: list[dict]):
-        """Take the last exchange back and put its text into the box."""
-        if not history:
+        """Take the last exchange back, or the message whose reply is under way, and put its text into the box."""
+        first = max((i for i, item in enumerate(shown) if item["role"] == "user"), default=None)
+        if first is None:
             return shown, history, ""
-        last_user = max(i for i, item in enumerate(shown) if item["role"] == "user")
-        while last_user and shown[last_user - 1]["role"] == "user":
-            last_user -= 1
-        text = next((part["text"] for part in history[-2]["message"]["content"] if part["type"] == "text"), "")
-        return shown[:last_user], history[:-2], text
+        while first and shown[first - 1]["role"] == "user":
+            first -= 1
+        text = next((part["text"] for part in shown[first]["content"] if part["type"] == "text"), "")
+        was_answered = shown[-1]["role"] != "user"
+        return shown[:first], history[:-2] if was_answered else history, text
 
     with gr.Blocks(title="PEGS: words and stickers") as page:
         history = gr.State([])
@@ -159,8 +168,8 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
             with gr.Column(scale=1, min_width=280):
                 kind = gr.Radio(choices, value=variant if pipeline.decoder else "ret", label="Sticker")
                 rate = gr.Slider(
-                    0, 1, value=usual, step=0.05, label="How often a sticker comes", visible=calibrated, elem_id="rate"
-                )
+                    0, 1, value=usual if has_slider else 0, step=0.05, label="How often a sticker comes", visible=has_slider, elem_id="rate"
+                )  # fmt: skip
                 seed = gr.Number(0, label="Seed", precision=0)
                 with gr.Row():
                     undo_button, clear_button = gr.Button("Undo"), gr.Button("Clear")
@@ -187,10 +196,11 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         gallery.select(pick, shelf, picked)
         inputs = [box, upload, picked, history, kind, rate, seed, chatbot]
         outputs = [chatbot, history, box, upload, picked]
-        for event in (box.submit, button.click):
-            event(send, inputs, outputs)
-        undo_button.click(undo, [history, chatbot], [chatbot, history, box])
-        clear_button.click(lambda: ([], [], "", None, None), None, outputs)
+        sending = gr.on(
+            [box.submit, button.click], send, inputs, outputs
+        )  # one event, so that only one message is under way
+        undo_button.click(undo, [history, chatbot], [chatbot, history, box], cancels=sending)
+        clear_button.click(lambda: ([], [], "", None, None), None, outputs, cancels=sending)
     return page
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -22,8 +21,10 @@ from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from pegs.assemble import embed_pack, load_pack
+from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import sent_stickers
+from pegs.training.generation import below_the_heads
 from pegs.training.language import sendable, training_dialogues
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.stages import ConfigError
@@ -224,15 +225,17 @@ def train_align(args: AlignArguments) -> None:
     if not model.config.num_retrieval_tokens:
         raise ConfigError(f"{args.init_from} has no retrieval tokens")
     pack = load_pack(args.stickers)
-    cache = Path(args.output_dir) / "state" / "decisions.safetensors"
-    if not cache.is_file():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        dialogues = training_dialogues(args.sessions, args.openers, pack)
-        save_file(decision_states(model, processor, pack, dialogues, args.max_length), cache)
-    states = load_file(cache)
+    dialogues = training_dialogues(args.sessions, args.openers, pack)
+    states = kept(
+        Path(args.output_dir) / "state" / "decisions.safetensors",
+        digest(below_the_heads(model), without_pictures(dialogues), [s.id for s in pack.stickers], args.max_length),
+        lambda: decision_states(model, processor, pack, dialogues, args.max_length),
+    )
     logger.info("%d decisions, %d stickers sent", len(states["ends"]), len(states["spans"]))
     allowed = {sticker.id for sticker in sendable(pack)}
     rows = torch.tensor([row for row, sticker in enumerate(pack.stickers) if sticker.id in allowed])
+    if not torch.isin(states["gold"], rows).all():
+        raise ConfigError("the dialogues send a sticker of the pack's test databases")
     states["gold"] = torch.searchsorted(rows, states["gold"])
     emotions = torch.tensor([EMOTIONS.index(pack.stickers[row].emotion) for row in rows.tolist()])
     vectors = embed_pack(model, processor, pack)[rows]

@@ -307,6 +307,6 @@ def train_unet(args: DecoderUnetArguments) -> None:
 def take_over(model: torch.nn.Module, other: torch.nn.Module) -> None:
     """Copy the weights of `other` that `model` has under the same name and in the same shape."""
     own = model.state_dict()
-    fitting = {name: value for name, value in other.state_dict().items() if value.shape == own[name].shape}
+    fitting = {n: value for n, value in other.state_dict().items() if n in own and value.shape == own[n].shape}
     logger.info("%d of %d tensors taken over", len(fitting), len(own))
     model.load_state_dict(fitting, strict=False)

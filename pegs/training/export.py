@@ -42,17 +42,21 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
         sessions (`list[Session]`): Held-out sessions; `sticker_rate` is calibrated on them, and the share of their System turns with a sticker is its default.
         pack ([`StickerPack`]): Where their stickers are.
 
+    Raises:
+        ValueError: If `out` holds something else than an earlier export, or what is to be exported.
+
     """
     folder = Path(out)
-    for path in folder.glob("*"):
-        if path.name not in ("README.md", "figures.json", "drawing.json", "assets"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name, source in (("language", language), ("decoder", decoder)):
+        if Path(source).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--out {out} is emptied before it is written, and --{name} {source} is in it.")
+    if any(folder.glob("*")) and not (folder / "model_index.json").is_file():
+        raise ValueError(f"--out {out} is not empty and holds no earlier export.")
     pipeline = StickerPipeline.from_pretrained(decoder, dtype=torch.float16)
     for part in (pipeline.unet, pipeline.vae):
         part.register_to_config(_name_or_path="")  # a place on this machine
     things = [sticker.caption.rpartition(",")[0] for sticker in pack.split("train")]
     pipeline.emotion_states = EmotionStates.measure(partial(encode_captions, max_length=pipeline.config.prompt_length), things, EMOTIONS)  # fmt: skip
-    pipeline.save_pretrained(folder)
     model, processor = PegsModel.from_pretrained(language), PegsProcessor.from_pretrained(language)
     model.generation_config.update(do_sample=True, temperature=0.4, top_p=0.9, max_new_tokens=64)
     model.generation_config.max_length = None
@@ -64,6 +68,10 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
     logger.info("sticker_rate %.3f, bias %.3f", rate, find_sticker_bias(rate, torch.tensor(quantiles), sampled=True))
     settings = {"sticker_rate": rate, "sticker_logit_quantiles": quantiles}
     model.generation_config.update(allow_custom_entries=True, **settings)
+    for path in folder.glob("*"):
+        if path.name not in ("README.md", "figures.json", "drawing.json", "assets"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    pipeline.save_pretrained(folder)
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
@@ -79,4 +87,7 @@ if __name__ == "__main__":
     for name in ("language", "decoder", "out"):
         parser.add_argument(f"--{name}", required=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    export(**vars(parser.parse_args()), sessions=load_mini("validation"), pack=cached_pack())
+    try:
+        export(**vars(parser.parse_args()), sessions=load_mini("validation"), pack=cached_pack())
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{error}\n")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
@@ -20,6 +19,7 @@ from dataset_builders.schema import Sticker
 from dataset_builders.stickers.openmoji import cached_pack, cldr_name, list_hexcodes
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
+from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.dialogues import sent_stickers
 from pegs.training.language import training_dialogues
 from pegs.training.loop import LoopArguments, train_loop
@@ -128,7 +128,8 @@ def gather_drawn(
     in_pack = {sticker.image_path.removesuffix(".png") for sticker in pack.stickers}
     others = {cldr_name(hexcode) for hexcode in list_hexcodes() if hexcode not in in_pack} - {None}
     asked += [(name, name) for name in sorted(others)]
-    if not cache.is_file():
+
+    def compute() -> dict[str, torch.Tensor]:
         blank = pack.images[sent[0]]  # what the assistant sends comes after the span, so it cannot matter
         replies = own_replies(model, processor, [request for request, _ in asked], 32)
         requests = [
@@ -139,11 +140,17 @@ def gather_drawn(
             for (request, _), reply in zip(asked, replies, strict=True)
         ]
         long = generation_hidden_states(model, processor, dialogues, 4)
-        short = generation_hidden_states(model, processor, requests, 32)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": torch.cat([long, short])}, cache)
+        return {"hidden": torch.cat([long, generation_hidden_states(model, processor, requests, 32)])}
+
+    key = digest(below_the_heads(model), without_pictures(dialogues), asked)
     captions = [pack.by_id[i].caption for i in sent] + [caption for _, caption in asked]
-    return Drawn(load_file(cache)["hidden"], captions, [len(sent), len(asked) - len(others), len(others)])
+    return Drawn(kept(cache, key, compute)["hidden"], captions, [len(sent), len(asked) - len(others), len(others)])
+
+
+def below_the_heads(model: PegsModel) -> dict[str, torch.Tensor]:
+    """The weights that hidden states depend on."""
+    heads = ("feature_mapper", "retrieval_head")
+    return {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] not in heads}
 
 
 def train_generation(args: GenerationArguments) -> None:

@@ -35,7 +35,7 @@ from pegs.training.dialogues import (
     turn_contexts,
 )
 from pegs.training.pairs import stream_pairs
-from pegs.training.targets import CaptionStates, PairTargets, StickerTargets, VisionFeatures
+from pegs.training.targets import CaptionStates, PairTargets, StickerTargets, VisionFeatures, compute_vision
 
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,9 @@ class LanguageArguments:
             raise ValueError(f"`pairs` are for captions or requests, not for {self.data}.")
         if self.pairs and self.data == "requests" and self.negatives == "pack":
             raise ValueError("Streamed `pairs` are not known beforehand: `negatives` must be batch.")
+        sees = any(name.startswith("vision_model") for name in self.trainable)
+        if sees and self.data in ("requests", "sessions") and self.negatives == "pack":
+            raise ValueError("Features of a pack's stickers are computed once: where `vision_model` is `trainable`, `negatives` must be batch.")  # fmt: skip
 
 
 class PegsTrainer(Trainer):
@@ -397,6 +400,7 @@ def train_language(args: LanguageArguments) -> None:
         "report_to": "none",
         "lr_scheduler_type": "cosine",
         "accelerator_config": {"dispatch_batches": False},  # batches hold pictures of all dialogues and cannot be cut
+        "ddp_find_unused_parameters": True,  # a batch without a sticker has nothing for the heads
     }
     training_args = TrainingArguments(
         output_dir=f"{args.output_dir}/trainer",
@@ -452,7 +456,11 @@ def sample_replies(args: LanguageArguments, processor: PegsProcessor, pack: Stic
     def vectors(model: PegsModel) -> torch.Tensor:
         if model.config.retrieval_text_encoder:
             return embed_pack(model, processor, pack)
-        features = VisionFeatures(pack, model, processor).pooled([sticker.id for sticker in pack.stickers])
+        ids = [sticker.id for sticker in pack.stickers]
+        if any(parameter.requires_grad for parameter in model.vision_model.parameters()):
+            features = compute_vision(pack, ids, model, processor)["pooled"]  # of today; no use keeping them
+        else:
+            features = VisionFeatures(pack, model, processor).pooled(ids)
         return model.retrieval_head.embed_image(features.to(model.device, model.dtype)).float()
 
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

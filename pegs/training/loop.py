@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from pegs.training.cache import digest
+
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -66,7 +68,7 @@ def train_loop(
     averages: Sequence["EMAModel"] = (),
 ) -> torch.nn.Module:
     """
-    Train `model` for `args.max_steps` steps, bf16 autocast, resuming from `args.output_dir/state` if a run was cut.
+    Train `model` for `args.max_steps` steps, bf16 autocast, resuming from `args.output_dir/state` if a run of the same parameters, weights and data was cut.
 
     Args:
         args (`LoopArguments`): Parameters of the loop.
@@ -79,6 +81,8 @@ def train_loop(
         `torch.nn.Module`: The trained model, unwrapped.
 
     """
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "save_minutes")}
+    key = digest(settings, dict(model.state_dict()), dataset[0])
     set_seed(args.seed)
     accelerator = Accelerator(mixed_precision="bf16")
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -87,12 +91,14 @@ def train_loop(
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler, *averages)
-    state = Path(args.output_dir) / "state"
-    first = 0
-    if (state / "step").is_file():
-        accelerator.load_state(str(state / "accelerate"))
-        first = int((state / "step").read_text())
-        logger.info("resumed at step %d", first)
+    state, first = Path(args.output_dir) / "state", 0
+    step_file = state / "step"
+    if step_file.is_file():
+        saved_step, _, saved_key = step_file.read_text().partition(" ")
+        if saved_key == key:
+            accelerator.load_state(str(state / "accelerate"))
+            first = int(saved_step)
+        logger.info("resumed at step %d" if first else "starts at step %d: what was saved is of another run", first)
     for average in averages:
         average.to(accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -124,8 +130,8 @@ def train_loop(
                 "step %d/%d loss %.4f, %.2f s a step, %.0f min left", step + 1, args.max_steps, running, pace, left
             )
         if time.monotonic() - saved > args.save_minutes * 60 and accelerator.is_main_process:
-            (state / "step").unlink(missing_ok=True)
+            step_file.unlink(missing_ok=True)
             accelerator.save_state(str(state / "accelerate"))
-            (state / "step").write_text(str(step + 1))
+            step_file.write_text(f"{step + 1} {key}")
             saved = time.monotonic()
     return accelerator.unwrap_model(model)

@@ -40,12 +40,14 @@ def read_pair(row: dict[str, Any]) -> tuple[Image.Image, str] | None:
 
     """
     fields = {**row, **(row.get("json") or {})}
-    picture = next((fields[name] for name in IMAGE_COLUMNS if fields.get(name) is not None), None)
-    caption = next((fields[name] for name in CAPTION_COLUMNS if fields.get(name) is not None), None)
-    if picture is None or caption is None:
+    if not all(any(name in fields for name in names) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)):
         raise ValueError(
             f"A pair needs a picture ({', '.join(IMAGE_COLUMNS)}) and a caption ({', '.join(CAPTION_COLUMNS)}), got {', '.join(sorted(fields))}."
         )
+    picture = next((fields[name] for name in IMAGE_COLUMNS if fields.get(name) is not None), None)
+    caption = next((fields[name] for name in CAPTION_COLUMNS if fields.get(name) is not None), None)
+    if picture is None or caption is None:
+        return None
     text = clean_caption(caption.decode("utf-8", "replace") if isinstance(caption, bytes) else str(caption))
     if not text:
         return None

@@ -78,7 +78,10 @@ class AnswerTrainer(SFTTrainer):
         learned = labels != -100
         logits = language_model.lm_head(hidden[:, :-1][learned])
         loss = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum")
-        loss = loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = loss / learned.sum()
+        else:  # counted over all processes, whose gradients are then averaged
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, {"loss": loss}) if return_outputs else loss
 
 

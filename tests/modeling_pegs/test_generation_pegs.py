@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from modeling_pegs.generation_pegs import (
     StickerLogitsProcessor,
@@ -214,7 +214,7 @@ def test_beams_find_a_likelier_text_than_greedy_and_with_any_rate_the_same(calib
     length = inputs["input_ids"].shape[1]
     outputs = [calibrated.generate(**inputs, num_beams=3, do_sample=False, max_new_tokens=6, sticker_rate=r) for r in (0.0, 1.0)]  # fmt: skip
     assert texts_of(outputs[0], length, calibrated) == texts_of(outputs[1], length, calibrated)
-    with pytest.raises(ValueError, match="cannot be used with beam search"):
+    with pytest.raises(ValueError, match="of one conversation a row"):
         calibrated.generate(**inputs, num_beams=3, past_key_values=DynamicCache())
 
 
@@ -336,6 +336,29 @@ def test_a_batch_of_conversations_keeps_its_cache_where_columns_agree(model, pro
     fresh = model.generate(**again, **ALWAYS)
     assert torch.equal(cached.sequences, fresh.sequences)
     torch.testing.assert_close(cached.sticker_queries, fresh.sticker_queries, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_of_other_conversations_is_begun_anew(model, processor):
+    one, two = (
+        prompts(processor, tiny.dialogue()),
+        prompts(processor, [tiny.dialogue(), tiny.dialogue(stickers=False)]),
+    )
+    cache = model.generate(**one, **ALWAYS).past_key_values
+    assert torch.equal(
+        model.generate(**two, **ALWAYS, past_key_values=cache).sequences, model.generate(**two, **ALWAYS).sequences
+    )
+    with pytest.raises(ValueError, match="of one conversation a row"):
+        model.generate(**one, **{**ALWAYS, "do_sample": True}, num_return_sequences=2, past_key_values=cache)
+
+
+def test_a_generation_config_may_be_passed(model, processor):
+    inputs = prompts(processor, tiny.dialogue())
+    config = GenerationConfig(do_sample=False, max_new_tokens=3, eos_token_id=tiny.EOS)
+    passed = model.generate(**inputs, generation_config=config, sticker_bias=-torch.inf)
+    written = model.generate(
+        **inputs, do_sample=False, max_new_tokens=3, eos_token_id=tiny.EOS, sticker_bias=-torch.inf
+    )
+    assert torch.equal(passed.sequences, written.sequences)
 
 
 def test_a_static_cache_gives_what_the_dynamic_one_gives(model, processor):

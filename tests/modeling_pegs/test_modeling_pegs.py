@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -274,6 +275,26 @@ def referring(tmp_path):
     model.attach_language_model(whole.language_model)
     model.eval().save_pretrained(tmp_path / "pegs")
     return tmp_path
+
+
+def test_an_adapter_is_found_in_a_subfolder_and_missed_where_there_is_none(referring):
+    places = {"language_model_path": referring / "backbone"}
+    whole = PegsModel.from_pretrained(referring / "pegs", **places)
+    found = PegsModel.from_pretrained(referring, subfolder="pegs", **places)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name]), name
+    shutil.rmtree(referring / "pegs" / "adapter")
+    with pytest.raises(ValueError, match=r"adapter is missing: the configuration says that there is LoRA"):
+        PegsModel.from_pretrained(referring / "pegs", **places)
+
+
+def test_saving_with_a_push_pushes_the_adapter_too(referring, monkeypatch, tmp_path):
+    model = PegsModel.from_pretrained(referring / "pegs", language_model_path=referring / "backbone")
+    pushed = {}
+    monkeypatch.setattr(PegsModel, "push_to_hub", lambda _, repo, **kwargs: pushed.update(kwargs, repo_id=repo))
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="first", token="x")
+    assert pushed == {"repo_id": "mine", "commit_message": "first", "token": "x"}
+    assert (tmp_path / "mine" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_device_map_and_quantisation_reach_the_language_model(referring, monkeypatch):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pegs.training.pairs import clean_caption, stream_pairs
+from pegs.training.pairs import clean_caption, read_pair, stream_pairs
 from tests.fixtures import tiny
 
 
@@ -58,3 +58,10 @@ def test_what_is_no_pair_is_named(tmp_path):
     name = write_tar(tmp_path / "bad.tar", [(b"broken", "x"), (b"worse", "y")])
     with pytest.raises(ValueError, match="No pair could be read from"):
         next(stream_pairs([name], 0))
+
+
+def test_a_row_without_its_picture_or_caption_is_left_out_and_a_table_without_such_columns_refused():
+    assert read_pair({"image": None, "caption": "a cat"}) is None
+    assert read_pair({"image": {"bytes": ROWS[0][0], "path": None}, "caption": None}) is None
+    with pytest.raises(ValueError, match="A pair needs a picture .* got caption, colour"):
+        read_pair({"colour": 1, "caption": "a cat"})

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack
 from pegs.training.art import Drawing, general_caption
+from pegs.training.cache import digest, kept
 from pegs.training.decoder import ConditionedLatents, DecoderUnetArguments, DecoderVaeArguments, reconstruction_loss
 from pegs.training.loop import LoopArguments, cosine_with_warmup, train_loop
 from pegs.training.stages import STAGES, ConfigError, build_arguments, load_config
@@ -102,10 +103,38 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path):
     undisturbed = run(tmp_path / "one").state_dict()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "two", break_at=4 * 7 + 1)
-    assert 0 < int((tmp_path / "two" / "state" / "step").read_text()) < 12
+    assert 0 < int((tmp_path / "two" / "state" / "step").read_text().split()[0]) < 12
     resumed = run(tmp_path / "two").state_dict()
     for name, value in undisturbed.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_what_another_run_has_left_is_not_resumed(tmp_path, caplog):
+    undisturbed = run(tmp_path / "one").state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "two", break_at=4 * 7 + 1)
+    step = tmp_path / "two" / "state" / "step"
+    step.write_text(step.read_text().split()[0] + " of-other-data")
+    again = run(tmp_path / "two").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in undisturbed.items())
+
+
+def test_what_was_kept_is_made_anew_for_another_key(tmp_path):
+    made = []
+
+    def compute():
+        made.append(1)
+        return {"a": torch.tensor([len(made)])}
+
+    file = tmp_path / "state" / "a.safetensors"
+    found = [int(kept(file, key, compute)["a"]) for key in ("x", "x", "y", "y")]
+    assert found == [1, 1, 2, 2] and [path.name for path in file.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_a_digest_tells_values_apart():
+    one = {"w": torch.zeros(2, dtype=torch.bfloat16), "n": [1, "a"]}
+    assert digest(one) == digest({"w": torch.zeros(2, dtype=torch.bfloat16), "n": [1, "a"]})
+    assert len({digest(one), digest({**one, "w": torch.ones(2)}), digest({**one, "n": [1, "b"]})}) == 3
 
 
 def test_reconstruction_loss_is_pixels_plus_edges_plus_hues():
@@ -135,6 +164,13 @@ def test_export_loads_as_float32_in_one_folder(tmp_path):
     (tmp_path / "out" / "README.md").write_text("card")
     (tmp_path / "out" / "old.safetensors").write_text("stale")
     sessions = load_mini("validation")[:2]
+    places = [str(tmp_path / name) for name in ("language", "decoder", "out")]
+    with pytest.raises(ValueError, match="holds no earlier export"):
+        export(*places, sessions, cached_pack())
+    with pytest.raises(ValueError, match="is in it"):
+        export(places[0], places[1], str(tmp_path), sessions, cached_pack())
+    assert (tmp_path / "out" / "old.safetensors").exists()
+    (tmp_path / "out" / "model_index.json").write_text("{}")
     export(str(tmp_path / "language"), str(tmp_path / "decoder"), str(tmp_path / "out"), sessions, cached_pack())
     again = AutoModel.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in again.parameters()} == {torch.float32}

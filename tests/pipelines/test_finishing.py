@@ -59,6 +59,18 @@ def test_a_drawing_that_fills_its_picture_gets_room_for_the_outline():
     assert ((row[:, 2] < 127) & (row[:, 3] > 127)).sum() == pytest.approx(56, abs=2)  # gold
 
 
+def test_a_tall_sticker_keeps_its_shape_under_an_outline():
+    image = Image.new("RGBA", (100, 200))
+    image.paste("red", (10, 10, 90, 190))
+    outlined = add_outline(image, 4)
+    assert outlined.size == (100, 200)
+    red = Image.fromarray((np.asarray(outlined)[..., 1] < 128).astype(np.uint8) * 255).getbbox()
+    assert red == (10, 10, 90, 190)
+    image.paste("red", (0, 0, 100, 200))
+    left, top, right, bottom = add_outline(image, 4).getchannel("A").getbbox()
+    assert (right - left) / (bottom - top) == pytest.approx(0.5, abs=0.06) and left + right == 100
+
+
 def test_nothing_to_outline():
     clear = Image.new("RGBA", (8, 8))
     assert add_outline(clear, 2).tobytes() == clear.tobytes()

@@ -173,6 +173,23 @@ def test_a_caption_draws_the_same_among_others_as_alone(pipeline, variant):
     assert (f" over {found[chosen]}" in best.why) == (variant == "rag")
 
 
+def test_captions_are_encoded_on_any_device_and_drawn_on_the_models(pipeline):
+    pipeline._encode_captions = lambda captions: encode_captions(captions).double()  # as on another device
+    reply = pipeline(tiny.dialogue(), variant="gen", condition="mixed", num_candidates=2, **FAST)
+    assert reply.sticker is not None
+
+
+def test_of_a_dialogue_that_is_too_long_the_oldest_exchanges_are_not_read(pipeline, monkeypatch):
+    short = tiny.dialogue()
+    long = [*tiny.dialogue()[:2], *short]
+    config = pipeline.model.config.text_config
+    read = pipeline.encode(short, 5)["input_ids"]
+    monkeypatch.setattr(config, "max_position_embeddings", read.shape[1] + 5 + pipeline.model.config.num_img_tokens)
+    assert torch.equal(pipeline.encode(long, 5)["input_ids"], read)
+    with pytest.raises(ValueError, match=r"The last message has \d+ tokens, and the model can read 3\."):
+        pipeline.encode(short[-1:], config.max_position_embeddings - pipeline.model.config.num_img_tokens - 3)
+
+
 def test_the_decoder_says_what_is_drawn_from_unless_told_otherwise(pipeline):
     plain = pipeline(tiny.dialogue(), variant="gen", **FAST)
     pipeline.decoder = tiny.make_tiny_decoder(default_condition="caption")

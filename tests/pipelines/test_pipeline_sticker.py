@@ -133,6 +133,17 @@ def test_rag_stays_near_the_init_image_at_low_strength(decoder):
     assert distance(0.3) < distance(1.0)
 
 
+def test_saving_with_a_push_pushes_what_is_complete(monkeypatch, tmp_path):
+    pushed = []
+
+    def push(_, repo_id, **kwargs):
+        pushed.append((repo_id, kwargs, (tmp_path / "mine" / "pipeline_sticker.py").is_file()))
+
+    monkeypatch.setattr(StickerPipeline, "push_to_hub", push)
+    tiny.make_tiny_decoder().save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    assert pushed == [("mine", {"private": True}, True)]
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_by_name(name):
     """With a denoiser that knows the clean latents, each of them must find these, from nothing and from a picture."""
