@@ -167,16 +167,25 @@ class StickerLogitsProcessor(LogitsProcessor):
         stop_ids (`list[int]`): Ids that end a reply.
         first_added_id (`int`): Id of the first added token.
         prompt_length (`int`): Length of the prompt.
+        notes_log_probs (`bool`, *optional*, defaults to `False`): Whether the log-probabilities of the chosen tokens are noted, too.
 
     """
 
-    def __init__(self, img1_id: int, stop_ids: list[int], first_added_id: int, prompt_length: int) -> None:
+    def __init__(
+        self, img1_id: int, stop_ids: list[int], first_added_id: int, prompt_length: int, notes_log_probs: bool = False
+    ) -> None:
         self.img1_id, self.stop_ids = img1_id, stop_ids
         self.first_added_id, self.prompt_length = first_added_id, prompt_length
+        self.notes_log_probs = notes_log_probs
         self.odds: list[torch.Tensor] = []
+        self.log_probs: list[torch.Tensor] = []  # one behind `odds` until the last token is noted
+        self.last: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores `(B, V + 3 + r)` without added tokens."""
+        if self.notes_log_probs:
+            self.note(input_ids[:, -1])
+            self.last = scores.float().log_softmax(dim=-1)
         odds = sticker_odds(scores, self.img1_id, self.stop_ids)
         self.odds.append(odds)
         scores = scores.clone()
@@ -187,6 +196,32 @@ class StickerLogitsProcessor(LogitsProcessor):
             else:
                 scores[:, token] += softplus(odds)  # log((end + [IMG1]) / end)
         return scores
+
+    def note(self, token_ids: torch.Tensor) -> None:
+        """Note how likely the tokens `(B,)` were that came after the last scores."""
+        if self.last is not None:
+            self.log_probs.append(self.last.gather(1, token_ids.unsqueeze(1)).squeeze(1))
+
+
+def find_text(new_ids: torch.Tensor, stop_ids: list[int]) -> torch.Tensor:
+    """Which of the new tokens `(B, T)` come before the end of a reply."""
+    return torch.isin(new_ids, torch.tensor(stop_ids, device=new_ids.device)).cumsum(dim=-1) == 0
+
+
+def choose_drafts(log_probs: torch.Tensor, is_text: torch.Tensor, drafts: int) -> torch.Tensor:
+    """
+    Rows `(B,)` of the likeliest drafts by mean log-probability; one that was cut off is chosen only where all were.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B * drafts, T)`): Of the new tokens.
+        is_text (`torch.Tensor` of shape `(B * drafts, T)`): Which of them are the text.
+        drafts (`int`): How many a reply has.
+
+    """
+    means = (log_probs * is_text).sum(dim=1) / is_text.sum(dim=1)
+    means = means - 1e3 * is_text.all(dim=1)
+    first = torch.arange(0, len(means), drafts, device=means.device)
+    return first + means.view(-1, drafts).argmax(dim=1)
 
 
 def sticker_odds(scores: torch.Tensor, img1_id: int, stop_ids: list[int]) -> torch.Tensor:
@@ -206,6 +241,7 @@ class PegsGenerationMixin:
         pixel_values: torch.Tensor | None = None,
         sticker_rate: float | str | None = None,
         sticker_bias: float | None = None,
+        num_drafts: int | None = None,
         past_key_values: Cache | None = None,
         logits_processor: LogitsProcessorList | None = None,
         streamer: BaseStreamer | None = None,
@@ -226,6 +262,9 @@ class PegsGenerationMixin:
                 has learned; defaults to the generation config's.
             sticker_bias (`float`, *optional*): Instead of a rate, what is added to the log-odds of `[IMG1]` against the end of the reply; `inf` always
                 sends a sticker, `-inf` never; defaults to the generation config's.
+            num_drafts (`int`, *optional*): How many texts are sampled for each reply, of which the one with the highest mean log-probability is kept: what a small
+                model is surest of makes the most sense. Defaults to the generation config's, else 1; always 1 without sampling, for several replies to one
+                prompt, with a streamer or with a static cache. The prompt is read once.
             past_key_values (`Cache`, *optional*): The last output's `past_key_values`, for the next turn of the same conversation. `input_ids` and
                 `pixel_values` are the whole conversation nonetheless; what does not agree with the cache is computed anew. The cache is changed in place.
             logits_processor (`LogitsProcessorList`, *optional*): More processors.
@@ -256,7 +295,10 @@ class PegsGenerationMixin:
         bias = self.get_sticker_bias(settings, sticker_rate, sticker_bias, sampled)
         thresholds = draw_thresholds(len(input_ids) * copies, bias, sampled).to(input_ids.device)
         added_id, img1_id = self.config.first_new_token_id, self.config.img_token_ids[0]
-        restraint = StickerLogitsProcessor(img1_id, stop_ids, added_id, prompt_length)
+        drafts = num_drafts or vars(settings).get("num_drafts") or 1
+        if not sampled or copies > 1 or streamer is not None or settings.cache_implementation is not None:
+            drafts = 1
+        restraint = StickerLogitsProcessor(img1_id, stop_ids, added_id, prompt_length, notes_log_probs=drafts > 1)
         if past_key_values is not None and (has_beams or copies > 1):
             raise ValueError(
                 "`past_key_values` is of one conversation a row; pass `num_beams=1` and `num_return_sequences=1`, or no cache."
@@ -273,6 +315,10 @@ class PegsGenerationMixin:
                 past_key_values.keep_prefix(identified)
             kwargs["past_key_values"] = past_key_values
             new_pixel_values = self._drop_pixel_values(input_ids, pixel_values, int(past_key_values.get_seq_length()))
+        if drafts > 1:
+            self._read_prompt(input_ids, attention_mask, new_pixel_values, past_key_values)
+            past_key_values.batch_repeat_interleave(drafts)
+            new_pixel_values, kwargs["num_return_sequences"] = None, drafts
         output = super().generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -282,16 +328,22 @@ class PegsGenerationMixin:
             **{**kwargs, "pad_token_id": pad_id, "return_dict_in_generate": True, "use_cache": True},
         )
         attention_mask = attention_mask.repeat_interleave(copies, dim=0)
-        new_ids = output.sequences[:, prompt_length:]
-        is_text = torch.isin(new_ids, torch.tensor(stop_ids, device=new_ids.device)).cumsum(dim=-1) == 0
+        sequences, step_odds = output.sequences, torch.stack(restraint.odds, dim=1)
+        is_text = find_text(sequences[:, prompt_length:], stop_ids)
+        if drafts > 1:
+            restraint.note(sequences[:, -1])
+            best = choose_drafts(torch.stack(restraint.log_probs, dim=1), is_text, drafts)
+            past_key_values.batch_select_indices(best)
+            sequences, step_odds, is_text = sequences[best], step_odds[best], is_text[best]
+        new_ids = sequences[:, prompt_length:]
         ends = prompt_length + is_text.sum(dim=-1)  # (B,) where each text ends
         text_mask = torch.cat([attention_mask, is_text[:, :-1].to(attention_mask.dtype)], dim=1)  # of what was read
         if has_beams:  # the cache holds unfinished beams
             images = self._copy_pixel_values(input_ids, pixel_values, copies)
-            cache, odds = self._read_again(output.sequences[:, :-1], text_mask, images, ends, stop_ids)
+            cache, odds = self._read_again(sequences[:, :-1], text_mask, images, ends, stop_ids)
         else:
-            cache, odds = output.past_key_values, torch.stack(restraint.odds, dim=1)
-            odds = odds.gather(1, (ends - prompt_length).clamp(max=odds.shape[1] - 1).unsqueeze(1)).squeeze(1)
+            places = (ends - prompt_length).clamp(max=step_odds.shape[1] - 1)
+            cache, odds = output.past_key_values, step_odds.gather(1, places.unsqueeze(1)).squeeze(1)
         was_cut = is_text.all(dim=-1)
         sticker_mask = (odds > thresholds) & ~was_cut
         spans = self.compute_img_span(text_mask, cache)[sticker_mask] if sticker_mask.any() else None
@@ -301,7 +353,7 @@ class PegsGenerationMixin:
             span = span.masked_fill(~sticker_mask.unsqueeze(1), -1)
             past_key_values.token_ids = held if spans is None else torch.cat([held, span], dim=1)
         result = PegsGenerateOutput(
-            sequences=self._write_spans(output.sequences, sticker_mask, ends, pad_id),
+            sequences=self._write_spans(sequences, sticker_mask, ends, pad_id),
             sticker_mask=sticker_mask,
             sticker_logit=odds.masked_fill(was_cut, torch.nan),
             past_key_values=None if has_beams else cache,
@@ -310,6 +362,26 @@ class PegsGenerationMixin:
         if isinstance(streamer, StickerStreamer) and bool(sticker_mask.any()):
             streamer.on_sticker(result)
         return result if return_dict_in_generate else result.sequences
+
+    def _read_prompt(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        cache: Cache,
+    ) -> None:
+        """Let `cache` hold prompts `(B, T)` but for their last token; `pixel_values` are those that it does not hold yet."""
+        unread = slice(int(cache.get_seq_length()), input_ids.shape[1] - 1)
+        if unread.start < unread.stop:
+            self(
+                input_ids=input_ids[:, unread],
+                attention_mask=attention_mask[:, :-1],
+                position_ids=(attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, unread],
+                pixel_values=pixel_values,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
 
     def _read_again(
         self,

@@ -28,6 +28,8 @@ from pipelines.pipeline_sticker import StickerPipeline
 
 logger = logging.getLogger(__name__)
 
+SAMPLING = {"do_sample": True, "temperature": 0.4, "top_p": 0.9, "max_new_tokens": 64, "num_drafts": 4}
+
 
 def export(language: str, decoder: str, out: str, sessions: list[Session], pack: StickerPack) -> None:
     """
@@ -58,7 +60,7 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
     things = [sticker.caption.rpartition(",")[0] for sticker in pack.split("train")]
     pipeline.emotion_states = EmotionStates.measure(partial(encode_captions, max_length=pipeline.config.prompt_length), things, EMOTIONS)  # fmt: skip
     model, processor = PegsModel.from_pretrained(language), PegsProcessor.from_pretrained(language)
-    model.generation_config.update(do_sample=True, temperature=0.4, top_p=0.9, max_new_tokens=64)
+    model.generation_config.update(**SAMPLING, allow_custom_entries=True)
     model.generation_config.max_length = None
     vars(model.generation_config).pop("sticker_bias", None)  # of an earlier stage; the rate says it now
     golds = [turn.system.sticker is not None for session in sessions for turn in session.turns]

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
+from modeling_pegs import generation_pegs
 from modeling_pegs.generation_pegs import (
     StickerLogitsProcessor,
     draw_thresholds,
@@ -349,6 +350,34 @@ def test_a_cache_of_other_conversations_is_begun_anew(model, processor):
     )
     with pytest.raises(ValueError, match="of one conversation a row"):
         model.generate(**one, **{**ALWAYS, "do_sample": True}, num_return_sequences=2, past_key_values=cache)
+
+
+def test_the_likeliest_of_several_drafts_is_kept(model, processor, monkeypatch):
+    monkeypatch.setattr(generation_pegs, "draw_thresholds", lambda count, bias, _: torch.full((count,), -bias))
+    inputs = prompts(processor, [tiny.dialogue(), tiny.dialogue(stickers=False)])
+    length = inputs["input_ids"].shape[1]
+    settings = {"do_sample": True, "max_new_tokens": 6, "sticker_bias": torch.inf, "eos_token_id": [tiny.EOS, 185]}
+    torch.manual_seed(3)
+    output = model.generate(**inputs, **settings, num_drafts=3)
+    torch.manual_seed(3)
+    drafts = model.generate(**inputs, **settings, num_return_sequences=3)
+    means = []
+    texts = [ids[: ids.index(185)] if 185 in ids else ids for ids in texts_of(drafts, length, model)]
+    assert 0 < sum(len(ids) == 6 for ids in texts) < 6  # some are whole, some are cut
+    for row, said in enumerate(texts):
+        mask = inputs["attention_mask"][row // 3].bool()
+        prompt = inputs["input_ids"][row // 3][mask]
+        read = torch.cat([prompt, torch.tensor(said)])[None]
+        images = inputs["pixel_values"] if row < 3 else None
+        scores = model(input_ids=read, pixel_values=images).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        cut = len(said) == 6
+        means.append(scores.gather(1, torch.tensor(said)[:, None]).mean().item() - 1e3 * cut)
+    best = [max(range(3), key=lambda i: means[i]), max(range(3, 6), key=lambda i: means[i])]
+    kept = [ids[: ids.index(185)] if 185 in ids else ids for ids in texts_of(output, length, model)]
+    assert kept == [texts[i] for i in best]
+    assert len(output.sticker_mask) == 2
+    cached = model.generate(**inputs, **ALWAYS, past_key_values=output.past_key_values)
+    assert torch.equal(cached.sequences, model.generate(**inputs, **ALWAYS).sequences)
 
 
 def test_a_generation_config_may_be_passed(model, processor):
