@@ -24,6 +24,7 @@ setup(
         "dataset_builders": ["**/*.jsonl", "**/*.md"],
         "hub_cards": ["*.jinja"],
         "agent_generation": ["**/*.jinja", "seeds/*.jsonl"],
+        "pegs": ["evaluation/prompts/**/*.jinja", "evaluation/templates/*"],
     },
     install_requires=[
         "accelerate>=1.15",

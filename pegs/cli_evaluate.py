@@ -98,6 +98,7 @@ def evaluate_predict(
     from pegs.evaluation.predict import (
         PegsPredictor,
         Predictor,
+        digest_weights,
         read_predictions,
         read_split,
         run_predictions,
@@ -112,9 +113,17 @@ def evaluate_predict(
         raise InputError(f"--replies does not go with --variant {variant}.")
     chosen = read_split(sessions, split, limit)
     repeated = read_predictions(replies) if replies is not None else None
-    from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline
+    from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline, resolve_checkpoint
 
     pack = load_pack(stickers)
+    turns = list(system_turns(chosen, pack))
+    made_by: dict[str, str] = {"variant": variant}
+    if baseline is not None:
+        made_by["baseline"] = digest_weights(baseline)
+    if repeated is not None:
+        made_by["replies"] = repeated.sha256
+    if variant not in ("text", "minilm", "random"):
+        made_by["model"] = digest_weights(resolve_checkpoint(model or DEFAULT_MODEL))
     predictor: Predictor
     if repeated is not None and variant in ("minilm", "random"):
         from dataset_builders.stickers.encoder import TextEncoder
@@ -134,9 +143,8 @@ def evaluate_predict(
     else:
         pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant)
         predictor = PegsPredictor(pipeline, variant, name or f"pegs-{variant}", repeated)
-    turns = list(system_turns(chosen, pack))
     with told("predicting", len(turns)) as on_row:
-        run = run_predictions(predictor, turns, pack, out, seed, batch_size, on_row)
+        run = run_predictions(predictor, turns, pack, out, seed, batch_size, on_row, made_by)
     sent = sum(row.predicted.sticker is not None for row in run.rows)
     summary = {"predictions": str(out), "model": run.model, "turns": len(run.rows), "stickers": sent}
     typer.echo(json.dumps(summary) if as_json else f"{len(run.rows)} turns, {sent} with a sticker, in {out}")
@@ -156,17 +164,18 @@ def evaluate_texts(
 ) -> None:
     """BLEU-1..4, Dist-1..3, ROUGE-L, METEOR, CIDEr and BERTScore (section 5.1)."""
     from pegs.evaluation.predict import read_all
-    from pegs.evaluation.results import write_result
+    from pegs.evaluation.results import result_files, write_result
 
     runs = read_all(predictions)
+    files = result_files(out, "text", {str(run.path): run.path.stem for run in runs})
     with told("scoring", len(runs)) as on_run:
         from pegs.evaluation.text import BertScorer, evaluate_text
 
         scorer = BertScorer(bertscore_encoder, bertscore_layer) if bertscore else None
-        results, files = [], []
-        for number, run in enumerate(runs, start=1):
+        results = []
+        for number, (run, file) in enumerate(zip(runs, files, strict=True), start=1):
             results.append(evaluate_text(run, scorer, meteor))
-            files.append(write_result(results[-1], out, run.path.stem))
+            write_result(results[-1], file)
             on_run(number)
     show(results, files, as_json)
 
@@ -189,19 +198,20 @@ def evaluate_mm(
 ) -> None:
     """Frequency, MMr, f-MMr at alpha 0.8 and 0.2, sticker diversity, retrieval, timing, emotion (section 5.2)."""
     from pegs.evaluation.predict import read_all
-    from pegs.evaluation.results import write_result
+    from pegs.evaluation.results import result_files, write_result
 
     runs = read_all(predictions)
+    files = result_files(out, "mm", {str(run.path): run.path.stem for run in runs})
     with told("scoring", len(runs)) as on_run:
         from pegs.assemble import DEFAULT_MODEL, load_pack
         from pegs.evaluation.multimodal import Embedded, EmotionVote, evaluate_multimodal, open_tower
 
         pack, opened = load_pack(stickers), open_tower(tower, model or str(DEFAULT_MODEL))
         embedded, vote = Embedded(runs, pack, opened), EmotionVote(pack, opened)
-        results, files = [], []
-        for number, run in enumerate(runs, start=1):
+        results = []
+        for number, (run, file) in enumerate(zip(runs, files, strict=True), start=1):
             results.append(evaluate_multimodal(run, embedded, vote))
-            files.append(write_result(results[-1], out, run.path.stem))
+            write_result(results[-1], file)
             on_run(number)
     show(results, files, as_json)
 
@@ -234,7 +244,7 @@ def evaluate_llm(
     from pegs.assemble import load_pack
     from pegs.evaluation import llm_judge
     from pegs.evaluation.predict import common_turns, read_all
-    from pegs.evaluation.results import write_result
+    from pegs.evaluation.results import result_files, write_result
     from pegs.sticker_tools import Endpoint, Prices
 
     runs = read_all(predictions)
@@ -247,6 +257,7 @@ def evaluate_llm(
             json.dumps(expected) if as_json else "\n".join(f"{key}: {value}" for key, value in expected.items())
         )
         return
+    files = result_files(out, "llm", {str(run.path): run.path.stem for run in runs})
     with Console(stderr=True).status("asking") as status:
         results, cost = llm_judge.run_judge(
             trial,
@@ -254,7 +265,8 @@ def evaluate_llm(
             out,
             lambda stage, total, done: status.update(f"{stage}: {done.tasks} of {total}, {done.cost_usd:.4f} USD"),
         )
-    files = [write_result(result, out, run.path.stem) for result, run in zip(results, runs, strict=True)]
+    for result, file in zip(results, files, strict=True):
+        write_result(result, file)
     show(results, files, as_json, {"cost": cost})
     if not as_json:
         typer.echo(f"position bias: {json.dumps(results[0].details['position_bias'])}")
@@ -281,7 +293,7 @@ def human_serve(
     seed: Annotated[int, typer.Option(help="Seed of the sample and of the orders.")] = 0,
     stickers: StickersOption = "openmoji",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7861,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7861,
     address: Annotated[
         str, typer.Option(help="How raters reach this machine, for their links.", show_default="http://HOST:PORT")
     ] = "",
@@ -300,7 +312,7 @@ def human_serve(
     try:
         serve_study(opened, host, port)
     except OSError as error:
-        raise InputError(f"--port {port}: {error}") from None
+        raise InputError(f"--host {host} --port {port}: {error.strerror}.") from None
 
 
 @human_app.command("export", epilog="Example: pegs evaluate human export --study study > ratings.csv")
@@ -320,11 +332,13 @@ def human_analyze(
 ) -> None:
     """Scores of each model (Table 4), agreement of the raters by ICC (Table 9), and raters to look at."""
     from pegs.evaluation.human import Study, analyze
-    from pegs.evaluation.results import write_json, write_result
+    from pegs.evaluation.results import result_files, write_json, write_result
 
     with told("analysing", 1):
         found = analyze(Study(study), without or [])
-    files = [write_result(result, out, result.model) for result in found.results]
+    files = result_files(out, "human", {result.model: result.model for result in found.results})
+    for result, file in zip(found.results, files, strict=True):
+        write_result(result, file)
     write_json(out / "raters.json", {"icc": found.icc, "raters": found.raters, "without": without or []})
     show(found.results, files, as_json, {"icc": found.icc, "raters": found.raters})
     if as_json:

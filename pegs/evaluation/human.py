@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from dataset_builders.stickers.pack import StickerPack
 from pegs.errors import InputError
 from pegs.evaluation.predict import Predictions, Said, common_turns
-from pegs.evaluation.results import ROUNDS, Metric, Result, Statistic, interval, make_result, mean_of
+from pegs.evaluation.results import ROUNDS, Metric, Result, Statistic, interval, make_result, mean_of, result_files
 
 
 FILE = "study.sqlite3"
@@ -271,7 +271,8 @@ def begin_study(
         seed (`int`): Seed of the sample and of all orders.
 
     Raises:
-        InputError: If there is no study to open, or the one that is there is of other predictions.
+        InputError: If there is no study to open, the one that is there is of other predictions, results of two models would have one name, or what should be a
+            sticker is no picture.
 
     """
     digests = sorted(run.sha256 for run in runs)
@@ -295,7 +296,8 @@ def _write_study(
     for key in common_turns(runs):
         by_session[key.rpartition("/")[0]].append(key)
     chosen = rng.sample(sorted(by_session), min(sessions, len(by_session)))
-    folder.mkdir(parents=True, exist_ok=True)
+    # names that clash would be found out after the raters' work
+    result_files(folder, "human", {run.model: run.model for run in runs}, "--study")
     partial = folder / f"{FILE}.partial"
     partial.unlink(missing_ok=True)
     db = sqlite3.connect(partial)
@@ -305,6 +307,7 @@ def _write_study(
     def show(run: Predictions, said: Said) -> dict:
         if said.sticker is None:
             return {"text": said.text, "picture": None}
+        run.image(said.sticker, pack)  # raters are shown pictures only
         data = run.picture_bytes(said.sticker, pack)
         digest = hashlib.sha256(data).hexdigest()
         db.execute("INSERT OR IGNORE INTO pictures VALUES (?, ?)", (digest, data))

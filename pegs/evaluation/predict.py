@@ -2,8 +2,9 @@
 
 import hashlib
 import io
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,10 @@ from pydantic import Field, ValidationError, model_validator
 from agent_generation.engine import seed_of
 from dataset_builders.schema import Emotion, Message, Record, Session, Sticker, Turn
 from dataset_builders.stickerconv.sessions import SessionError, describe, load_mini, read_sessions
+from dataset_builders.stickers.images import FORMATS
 from dataset_builders.stickers.pack import StickerPack
 from pegs.errors import InputError
+from pegs.evaluation.results import make_folder, write_json
 from pegs.training.dialogues import turn_contexts
 from pipelines.pipeline_pegs import PegsPipeline
 
@@ -128,7 +131,7 @@ class Predictions:
         A sticker's encoded picture.
 
         Raises:
-            InputError: If the pack does not hold it, or the file cannot be read.
+            InputError: If the pack does not hold it, or the file cannot be read or is not in the folder of the predictions.
 
         """
         if sticker.id is not None:
@@ -136,16 +139,19 @@ class Predictions:
                 raise InputError(f"{self.path}: sticker {sticker.id!r} is not in the pack {pack.info.name}.")
             return pack.still(sticker.id)
         file = self.path.parent / str(sticker.picture)
+        if not file.resolve().is_relative_to(self.path.parent.resolve()):
+            raise InputError(f"{self.path}: picture {sticker.picture}: must be in the folder of the predictions.")
         try:
             return file.read_bytes()
         except OSError as error:
             raise InputError(f"{self.path}: picture {file}: {error.strerror}.") from None
 
     def image(self, sticker: SentSticker, pack: StickerPack) -> Image.Image:
-        """A sticker's picture, RGBA; raises as [`picture_bytes`] does."""
+        """A sticker's picture, RGBA; raises as [`picture_bytes`] does, and if it is none."""
+        data = self.picture_bytes(sticker, pack)
         try:
-            return Image.open(io.BytesIO(self.picture_bytes(sticker, pack))).convert("RGBA")
-        except OSError:
+            return Image.open(io.BytesIO(data), formats=list(FORMATS)).convert("RGBA")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             raise InputError(f"{self.path}: {sticker.id or sticker.picture} is not a readable picture.") from None
 
 
@@ -275,8 +281,20 @@ def read_split(source: str, split: str, limit: int = 0) -> list[Session]:
 
 
 def system_turns(sessions: Sequence[Session], pack: StickerPack) -> Iterator[SystemTurn]:
-    """Every System turn with all earlier messages as context (section 6)."""
+    """
+    Every System turn with all earlier messages as context (section 6).
+
+    Raises:
+        InputError: If a sticker or the database of a session is not in the pack.
+
+    """
     for session in sessions:
+        for turn in session.turns:
+            for message in (turn.user, turn.system):
+                if message.sticker is not None and message.sticker.id not in pack.by_id:
+                    raise InputError(f"--sessions: {session.session_id}/{turn.turn}: sticker {message.sticker.id!r} is not in the pack {pack.info.name}.")  # fmt: skip
+        if not candidates_of(session, pack):
+            raise InputError(f"--sessions: {session.session_id}: database {session.database} is not in the pack {pack.info.name}.")  # fmt: skip
         for turn, context in zip(session.turns, turn_contexts(session, pack), strict=True):
             yield SystemTurn(session, turn, context)
 
@@ -301,12 +319,13 @@ def run_predictions(
     seed: int = 0,
     batch_size: int = 16,
     on_row: Callable[[int], object] = lambda done: None,
+    made_by: Mapping[str, str] = {},
 ) -> Predictions:
     """
     Write a model's replies to all turns, a batch at a time; the same call goes on where a killed one stopped.
 
     Batches begin at multiples of `batch_size` and draw from a seed of their own, so an interrupted run ends in the same file as a straight one. Drawn stickers go
-    into the folder `<out>.pictures`.
+    into the folder `<out>.pictures`, and what the replies depend on into `<out>.run.json`.
 
     Args:
         predictor ([`Predictor`]): Answers.
@@ -316,17 +335,21 @@ def run_predictions(
         seed (`int`, *optional*, defaults to 0): Seed of the run.
         batch_size (`int`, *optional*, defaults to 16): Turns at once.
         on_row (`Callable`, *optional*): Called with the number of rows done after each batch.
+        made_by (`Mapping[str, str]`, *optional*): What else must be the same to go on: the predictor's settings, and digests of its files.
 
     Returns:
         [`Predictions`].
 
     Raises:
-        InputError: If `out` holds the rows of another run.
+        InputError: If `out` holds the rows of another run or of an unknown one, or cannot be written.
 
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
+    if out.is_dir():
+        raise InputError(f"--out {out}: must be a file, not a folder.")
     lines = _whole_lines(out)
-    _check_same_run(out, lines, turns, predictor.model, seed)
+    _check_same_origin(out, lines, {**made_by, "stickers": _digest_pack(pack), "batch_size": batch_size})
+    _check_same_run(out, lines, turns, pack, predictor.model, seed)
     if len(lines) < len(turns):
         lines = lines[: len(lines) // batch_size * batch_size]
     with out.open("r+b" if out.is_file() else "w+b") as file:
@@ -350,7 +373,38 @@ def _whole_lines(out: Path) -> list[bytes]:
     return [line for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def _check_same_run(out: Path, lines: Sequence[bytes], turns: Sequence[SystemTurn], model: str, seed: int) -> None:
+def digest_weights(folder: Path) -> str:
+    """SHA-256 of an adapter's or a checkpoint's weights and configurations, those of its parts in folders of their own too."""
+    digest = hashlib.sha256()
+    for file in sorted(file for name in ("*.safetensors", "*config.json") for file in (*folder.glob(name), *folder.glob(f"*/{name}"))):  # fmt: skip
+        with file.open("rb") as opened:
+            digest.update(f"{file.relative_to(folder)} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest_pack(pack: StickerPack) -> str:
+    lines = (f"{sticker.model_dump_json()} {pack.databases.get(sticker.id)}\n" for sticker in pack.stickers)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _check_same_origin(out: Path, lines: Sequence[bytes], ours: Mapping[str, object]) -> None:
+    """Rows that are there were made by what makes the others, as `<out>.run.json` says; before the first row it is written."""
+    file = out.with_name(f"{out.name}.run.json")
+    if not lines:
+        write_json(file, dict(ours))
+        return
+    try:
+        theirs = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"--out {out}: has no {file.name} that says what made its rows; choose another file.") from None  # fmt: skip
+    differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    if differing:
+        raise InputError(f"--out {out}: was begun with other {', '.join(differing)}; use the same to go on, or choose another file.")  # fmt: skip
+
+
+def _check_same_run(
+    out: Path, lines: Sequence[bytes], turns: Sequence[SystemTurn], pack: StickerPack, model: str, seed: int
+) -> None:
     for number, (line, turn) in enumerate(zip(lines, turns, strict=False), start=1):
         try:
             row = Prediction.model_validate_json(line)
@@ -360,8 +414,19 @@ def _check_same_run(out: Path, lines: Sequence[bytes], turns: Sequence[SystemTur
         for field, is_value, must_be in zip(("turn", "model", "seed"), found, expected, strict=True):
             if is_value != must_be:
                 raise InputError(f"--out {out}:{number}: {field}: this run has {must_be!r}, the file {is_value!r}; choose another file.")  # fmt: skip
+        if (row.context, row.reference) != (_context(turn, pack), sent(turn.turn.system, pack)):
+            raise InputError(f"--out {out}:{number}: context: {turn.key} is not as in this run's sessions; choose another file.")  # fmt: skip
     if len(lines) > len(turns):
         raise InputError(f"--out {out}:{len(turns) + 1}: turn: this run has no more than {len(turns)} turns.")
+
+
+def _context(turn: SystemTurn, pack: StickerPack) -> tuple[Line, ...]:
+    context = []
+    for past in turn.session.turns[: turn.turn.turn]:
+        context.append(Line(role="user", **dict(sent(past.user, pack))))
+        if past.turn < turn.turn.turn:
+            context.append(Line(role="assistant", **dict(sent(past.system, pack))))
+    return tuple(context)
 
 
 def _row(turn: SystemTurn, reply: Reply, model: str, seed: int, pack: StickerPack, out: Path) -> Prediction:
@@ -373,15 +438,10 @@ def _row(turn: SystemTurn, reply: Reply, model: str, seed: int, pack: StickerPac
         name = f"{hashlib.sha256(session.session_id.encode()).hexdigest()[:16]}-{number}.png"
         reply.drawn.save(folder / name)
         sticker = SentSticker(picture=f"{folder.name}/{name}")
-    context = []
-    for past in session.turns[:number]:
-        context.append(Line(role="user", **dict(sent(past.user, pack))))
-        if past.turn < number:
-            context.append(Line(role="assistant", **dict(sent(past.system, pack))))
     return Prediction(
         session_id=session.session_id,
         turn=number,
-        context=tuple(context),
+        context=_context(turn, pack),
         reference=sent(turn.turn.system, pack),
         predicted=Said(text=reply.text, sticker=sticker),
         gold_rank=reply.gold_rank,

@@ -1,5 +1,6 @@
 """The questionnaire's web pages (Figure 12): a secret link a rater, every answer saved when it is given."""
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -119,7 +120,7 @@ def make_app(study: Study) -> Starlette:
         data = study.picture(request.path_params["digest"])
         if data is None:
             raise HTTPException(404)
-        return Response(data, media_type="image/svg+xml" if data.lstrip()[:1] == b"<" else "image/png")
+        return Response(data, media_type="image/png")
 
     def static(request: Request) -> Response:
         name = request.path_params["name"]
@@ -152,4 +153,7 @@ def serve_study(study: Study, host: str, port: int) -> None:
     """
     import uvicorn
 
-    uvicorn.run(make_app(study), host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family)  # uvicorn itself would end the process
+    config = uvicorn.Config(make_app(study), log_level="warning", access_log=False, server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])

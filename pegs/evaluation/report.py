@@ -19,7 +19,16 @@ from pegs.evaluation.llm_judge import sample_turns
 from pegs.evaluation.multimodal import f_mmr
 from pegs.evaluation.paper import PAPER
 from pegs.evaluation.predict import Prediction, Predictions, Said, common_turns
-from pegs.evaluation.results import Difference, Metric, Result, Statistic, compare, read_result, write_json
+from pegs.evaluation.results import (
+    Difference,
+    Metric,
+    Result,
+    Statistic,
+    compare,
+    make_folder,
+    read_result,
+    write_json,
+)
 from pegs.evaluation.templates import render_page
 
 
@@ -505,10 +514,16 @@ def make_report(
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write `report.md`, `report.tex`, `report.html` and `report.json` into a folder; the HTML needs no other file."""
+    """
+    Write `report.md`, `report.tex`, `report.html` and `report.json` into a folder; the HTML needs no other file.
+
+    Raises:
+        InputError: If the folder cannot be made.
+
+    """
+    make_folder(folder)
     html = render_page("report", report=report)
     files = {"report.md": to_markdown(report), "report.tex": to_latex(report), "report.html": html}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_text(content, "utf-8")
     tables = [{"table": t.number, "title": t.title, "columns": t.columns, "rows": {name: [vars(c) for c in cells] for name, cells in t.rows}, "notes": t.notes} for t in report.tables]  # fmt: skip

@@ -178,11 +178,47 @@ def make_result(
     )  # fmt: skip
 
 
-def write_result(result: Result, folder: Path, stem: str) -> Path:
-    """Write `<stem>.<family>.json` into a folder."""
-    file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}.{result.family}.json"
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """
+    Make a folder where there is none.
+
+    Raises:
+        InputError: If that cannot be, naming the option that asked for it.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {folder}: must be a folder ({error.strerror}).") from None
+
+
+def result_files(folder: Path, family: Family, stems: Mapping[str, str], option: str = "--out") -> list[Path]:
+    """
+    Files `<stem>.<family>.json` for results, and the folder for them.
+
+    Args:
+        folder (`Path`): The folder.
+        family (`str`): Of the results.
+        stems (`Mapping[str, str]`): How each file begins, by what it is the result of.
+        option (`str`, *optional*, defaults to `"--out"`): What names the folder.
+
+    Raises:
+        InputError: If two results would be in one file, or the folder cannot be made.
+
+    """
+    make_folder(folder, option)
+    files: dict[Path, str] = {}
+    for name, stem in stems.items():
+        file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}.{family}.json"
+        if file in files:
+            raise InputError(f"{name}: its results and those of {files[file]} would both be {file}; rename one.")
+        files[file] = name
+    return list(files)
+
+
+def write_result(result: Result, file: Path) -> None:
+    """Write a result into a file of [`result_files`]."""
     write_json(file, result.model_dump())
-    return file
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -149,6 +149,9 @@ def test_the_command_chooses_by_minilm(tmp_path):
     assert json.loads(done.stdout) == {"predictions": str(tmp_path / "out.jsonl"), "model": "baseline-minilm", "turns": 3, "stickers": 3}  # fmt: skip
     run = read_predictions(tmp_path / "out.jsonl")
     assert [row.predicted.sticker.id for row in run.rows] == ["blue"] * 3  # "blue, sadness"
+    make.write(other.path, [row.model_copy(update={"predicted": row.reference}) for row in rows])
+    changed = make.pegs(*command, "--variant", "minilm", "--replies", other.path)
+    assert changed.returncode == 2 and "was begun with other replies" in changed.stderr
     assert "--variant random needs --replies" in make.pegs(*command, "--variant", "random").stderr
     wrong = ("--variant", "text", "--baseline", tmp_path, "--replies", other.path)
     assert "--replies does not go with --variant text" in make.pegs(*command, *wrong).stderr

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import re
+import socket
 import sqlite3
 import string
 
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 from pegs.errors import InputError
 from pegs.evaluation import human
 from pegs.evaluation.human import Study, analyze, begin_study, export_ratings, intraclass
+from pegs.evaluation.predict import Said, SentSticker
 from pegs.evaluation.questionnaire import make_app
 from tests.pegs.evaluation import make
 
@@ -196,6 +198,29 @@ def test_a_study_goes_on_and_takes_more_raters(tmp_path):
     with pytest.raises(InputError, match="name predictions to begin a study"):
         begin_study(tmp_path / "none", [], PACK, 2, 4, 0)
     assert (tmp_path / "study" / human.FILE).stat().st_mode & 0o077 == 0
+
+
+def test_raters_are_shown_pictures_only(tmp_path):
+    sent = Said(text="x", sticker=SentSticker(picture="one.jsonl"))
+    rows = [row.model_copy(update={"predicted": sent}) for row in make.make_run(tmp_path, "one").rows]
+    with pytest.raises(InputError, match=r"one.jsonl: one.jsonl is not a readable picture"):
+        begin_study(tmp_path / "study", [make.write(tmp_path / "one.jsonl", rows)], PACK, 2, 4, 0)
+    assert not (tmp_path / "study" / human.FILE).exists()
+
+
+def test_models_whose_results_would_share_a_file_are_not_rated(tmp_path):
+    with pytest.raises(InputError, match="its results and those of .* would both be .*a-b.human.json"):
+        make_study(tmp_path, models=("a b", "a-b"))
+
+
+def test_a_taken_port_is_one_line(tmp_path):
+    PACK.save(tmp_path / "pack")
+    run = make.make_run(tmp_path, "one")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = make.pegs("human", "serve", run.path, "--study", tmp_path / "study", "--stickers", tmp_path / "pack", "--port", port)  # fmt: skip
+    assert done.returncode == 2 and f"--port {port}: Address already in use" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 TRUTH = {"alpha": 2, "beta": 3, "gamma": 5}

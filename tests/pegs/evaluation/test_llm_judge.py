@@ -170,6 +170,15 @@ def test_estimate_and_cap(tmp_path):
             run(tmp_path / "x", server, trial_of(runs), budget_usd=1.0)
 
 
+def test_the_cap_counts_what_earlier_commands_spent(tmp_path):
+    trial, prices = trial_of(make_runs(tmp_path)), Prices(completion=1000.0)  # 0.3 USD at most for an answer
+    with Server(lambda body: json.dumps({"reason": "r " * 200, "score": 3})) as server:  # 0.2 USD
+        for _ in range(3):
+            with pytest.raises(InputError, match="budget of 0.75 USD is used up"):
+                run(tmp_path, server, trial, concurrency=1, budget_usd=0.75, prices=prices)
+        assert len(server.bodies) == 3
+
+
 def drawn_run(folder):
     (folder / "one.png").write_bytes(make.png("red"))
     row = make.row("artist", "s/1", ("gold", None), ("quality 3", None))

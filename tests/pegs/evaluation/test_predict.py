@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
+from pegs import assemble
 from pegs.errors import InputError
 from pegs.evaluation.predict import (
     PegsPredictor,
     Predictions,
     Reply,
+    SentSticker,
+    digest_weights,
     read_all,
     read_predictions,
     read_split,
@@ -94,6 +97,107 @@ def test_another_runs_file_is_not_touched(turns, tmp_path, seed, model, said):
     with pytest.raises(InputError, match="echo.jsonl:4: turn: this run has no more than 3 turns"):
         run_predictions(Echo(), turns[:3], PACK, out)
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("batches", [1, 4])
+@pytest.mark.parametrize(("pack", "model", "batch_size", "said"), [(PACK, "old", 3, "batch_size"), (PACK, "new", 2, "model"), (make.make_pack(databases=False), "old", 2, "stickers")])  # fmt: skip
+def test_rows_that_something_else_made_are_not_taken_for_its_own(turns, tmp_path, batches, pack, model, batch_size, said):  # fmt: skip
+    out = tmp_path / "echo.jsonl"
+    if batches == 4:
+        run_predictions(Echo(), turns, PACK, out, batch_size=2, made_by={"model": "old"})
+    else:
+        with pytest.raises(Killed):
+            run_predictions(Echo(batches), turns, PACK, out, batch_size=2, made_by={"model": "old"})
+    before = out.read_bytes()
+    with pytest.raises(InputError, match=f"echo.jsonl: was begun with other {said}; use the same"):
+        run_predictions(Echo(), turns, pack, out, batch_size=batch_size, made_by={"model": model})
+    assert out.read_bytes() == before
+    assert len(run_predictions(Echo(), turns, PACK, out, batch_size=2, made_by={"model": "old"}).rows) == len(turns)
+
+
+def test_rows_of_unknown_origin_are_read_but_not_gone_on_with(turns, tmp_path):
+    out = tmp_path / "echo.jsonl"
+    run_predictions(Echo(), turns, PACK, out)
+    (tmp_path / "echo.jsonl.run.json").unlink()
+    with pytest.raises(InputError, match=r"echo.jsonl: has no echo.jsonl.run.json that says what made its rows"):
+        run_predictions(Echo(), turns, PACK, out)
+    assert len(read_predictions(out).rows) == len(turns)
+
+
+def test_rows_of_sessions_that_were_changed_are_not_taken_for_theirs(turns, tmp_path):
+    out = tmp_path / "echo.jsonl"
+    run_predictions(Echo(), turns[:3], PACK, out)
+    assert len(run_predictions(Echo(), turns, PACK, out).rows) == len(turns)  # more sessions are no other ones
+    session = turns[0].session
+    last = session.turns[2].model_copy(update={"system": make.said("something else", None)})
+    changed = session.model_copy(update={"turns": (*session.turns[:2], last)})
+    with pytest.raises(InputError, match="echo.jsonl:3: context: one/3 is not as in this run's sessions"):
+        run_predictions(Echo(), list(system_turns([changed], PACK)), PACK, out)
+
+
+def test_predictions_of_an_old_checkpoint_are_not_those_of_a_retrained_one(predictor, tmp_path, monkeypatch):
+    monkeypatch.setattr(assemble, "load_pipeline", lambda *_: predictor("ret", None).pipeline)
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "adapter").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "adapter/adapter_model.safetensors"):
+        (checkpoint / name).write_text("old")
+    PACK.save(tmp_path / "pack")
+    (tmp_path / "sessions.jsonl").write_text(make.make_session("one", 1).model_dump_json())
+    command = ("predict", "--sessions", tmp_path / "sessions.jsonl", "--stickers", tmp_path / "pack", "--model", checkpoint, "--out", tmp_path / "ret.jsonl")  # fmt: skip
+    for _ in range(2):
+        done = make.pegs(*command)
+        assert done.returncode == 0, done.stderr
+    (checkpoint / "adapter" / "adapter_model.safetensors").write_text("new")
+    done = make.pegs(*command)
+    assert done.returncode == 2 and "ret.jsonl: was begun with other model" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_digest_is_of_weights_and_configurations_alone(tmp_path):
+    def digest(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return digest_weights(tmp_path)
+
+    first = digest("model.safetensors", "a")
+    assert (
+        digest("README.md", "a") == digest("figures.json", "a") == digest("trainer/step/x.safetensors", "a") == first
+    )
+    others = [digest(name, "a") for name in ("unet/diffusion.safetensors", "generation_config.json", "unet/config.json")]  # fmt: skip
+    assert len({first, *others, digest("model.safetensors", "b")}) == 5
+
+
+@pytest.mark.parametrize("picture", ["../secret.png", "{tmp}/secret.png", "link.png", "deep/../../secret.png"])
+def test_a_picture_outside_of_the_predictions_folder_is_refused(tmp_path, picture):
+    (tmp_path / "secret.png").write_bytes(make.png("red"))
+    run = make.make_run(tmp_path / "predictions", "one")
+    (tmp_path / "predictions" / "deep").mkdir()
+    (tmp_path / "predictions" / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(InputError, match=r"one.jsonl: picture .*png: must be in the folder of the predictions"):
+        run.picture_bytes(SentSticker(picture=picture.format(tmp=tmp_path)), PACK)
+
+
+def test_sessions_of_another_pack_are_named(tmp_path):
+    PACK.save(tmp_path / "pack")
+    stranger = make.make_session()
+    use = make.said("hi", "red").sticker.model_copy(update={"id": "mauve"})
+    turn = stranger.turns[0].model_copy(update={"user": stranger.turns[0].user.model_copy(update={"sticker": use})})
+    for session, said in (
+        (stranger.model_copy(update={"turns": (turn, *stranger.turns[1:])}), "one/1: sticker 'mauve' is not in the pack"),
+        (stranger.model_copy(update={"database": 9}), "one: database 9 is not in the pack"),
+    ):  # fmt: skip
+        (tmp_path / "sessions.jsonl").write_text(session.model_dump_json())
+        done = make.pegs("predict", "--sessions", tmp_path / "sessions.jsonl", "--stickers", tmp_path / "pack", "--out", tmp_path / "out.jsonl")  # fmt: skip
+        assert done.returncode == 2 and f"--sessions: {said} squares." in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("out", "said"), [("folder", "must be a file"), ("file/x.jsonl", "must be a folder")])
+def test_an_out_of_the_wrong_kind_is_named(turns, tmp_path, out, said):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"--out .*: {said}"):
+        run_predictions(Echo(), turns, PACK, tmp_path / out)
 
 
 @pytest.mark.parametrize(

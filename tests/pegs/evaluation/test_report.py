@@ -18,7 +18,7 @@ from pegs.evaluation.report import (
     to_markdown,
     write_report,
 )
-from pegs.evaluation.results import make_result, mean_of, write_result
+from pegs.evaluation.results import make_result, mean_of, result_files, write_result
 from tests.pegs.evaluation import make
 
 
@@ -181,7 +181,7 @@ def test_table_9_has_all_six_forms():
 def test_results_of_a_model_do_not_come_twice(tmp_path):
     result = results_of()[0]
     for folder in ("a", "b"):
-        write_result(result, tmp_path / folder, "m")
+        write_result(result, *result_files(tmp_path / folder, "text", {"m": "m"}))
     with pytest.raises(InputError, match="is also in"):
         read_results([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(InputError, match="no results there"):
@@ -204,6 +204,9 @@ def test_from_predictions_to_the_report_by_the_commands(tmp_path):
     assert json.loads(done.stdout)["tables"] == ["1", "2", "2b"]
     html = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert html.count('class="example"') == 4 and "data:image/png;base64," in html and "PEGS sticker tower" in html
+    done = make.pegs("report", tmp_path / "results", "--out", tmp_path / "report" / "report.md")
+    assert done.returncode == 2 and f"--out {tmp_path}/report/report.md: must be a folder (File exists)" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from pegs.evaluation.results import (
     measure,
     read_result,
     resample,
+    result_files,
     write_result,
 )
 from pegs.evaluation.text import STATISTICS, text_columns
+from tests.pegs.evaluation import make
 
 
 def turns(sessions, each=1):
@@ -88,13 +90,27 @@ def test_models_without_a_shared_turn_are_not_compared():
 
 def test_files_come_back_and_wrong_ones_are_named(tmp_path):
     made = result("a/b c", [1, np.nan, 3])
-    file = write_result(made, tmp_path, made.model)
+    [file] = result_files(tmp_path, "text", {made.model: made.model})
+    write_result(made, file)
     assert file.name == "a-b-c.text.json" and read_result(file) == made
     file.write_text(file.read_text().replace('"n": 2', '"n": "many"'))
     with pytest.raises(InputError, match=r"a-b-c.text.json: metrics.x.n: Input should be a valid integer"):
         read_result(file)
     short = made.model_copy(update={"scores": {"x": (1.0,)}})
     with pytest.raises(InputError, match=r"scores.x: expected 3 values, got 1"):
-        read_result(write_result(short, tmp_path, "short"))
+        write_result(short, file)
+        read_result(file)
     with pytest.raises(InputError, match="No such file"):
         read_result(tmp_path / "none.json")
+
+
+def test_two_results_never_share_a_file(tmp_path):
+    with pytest.raises(InputError, match=r"^a b: its results and those of a/b would both be .*a-b.human.json"):
+        result_files(tmp_path, "human", {"a/b": "a/b", "a b": "a b"})
+    for model in ("one", "two"):
+        make.make_run(tmp_path / model, model).path.rename(tmp_path / model / "test.jsonl")
+    files = [tmp_path / model / "test.jsonl" for model in ("one", "two")]
+    for command in (("text",), ("mm",), ("llm", "--llm", "http://127.0.0.1:1", "--model", "judge")):
+        done = make.pegs(*command, *files, "--out", tmp_path / "results")
+        assert done.returncode == 2 and f"would both be {tmp_path}/results/test.{command[0]}.json" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and not list((tmp_path / "results").iterdir())
