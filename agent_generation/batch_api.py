@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from openai import OpenAIError
+from openai import NotFoundError, OpenAIError
 from openai.types.chat import ChatCompletion
 
 from agent_generation.llm import AnswerError, ModelError, OpenAILLM, Reply, Request
@@ -47,7 +47,7 @@ class BatchLLM(OpenAILLM):
     async def _work(self) -> None:
         try:
             if self.arrived is None:
-                self.arrived = await self._collect(self._noted())
+                self.arrived = await self._collect_noted()
             while self.waiting:
                 count = -1
                 while count != len(self.waiting):
@@ -81,11 +81,15 @@ class BatchLLM(OpenAILLM):
         for key in asked:
             self._settle(key, answers.get(key, {"error": {"message": "no answer in its batch"}}))
 
-    def _noted(self) -> list[str]:
-        return json.loads(self.notes.read_text()) if self.notes.is_file() else []
+    async def _collect_noted(self) -> dict[str, dict]:
+        """Answers of the batches that an earlier process had sent; none of those that the provider does not keep any more."""
+        try:
+            return await self._collect(json.loads(self.notes.read_text()) if self.notes.is_file() else [])
+        except NotFoundError:
+            return {}
 
     async def _collect(self, batches: list[str]) -> dict[str, dict]:
-        """Wait for batches and read their answers, by custom id."""
+        """Wait for batches and read their answers, by custom id; a batch without any is not noted any more."""
         answers: dict[str, dict] = {}
         for batch_id in batches:
             batch = await self.client.batches.retrieve(batch_id)
@@ -95,28 +99,37 @@ class BatchLLM(OpenAILLM):
             if batch.status == "failed":
                 reasons = [error.message for error in (batch.errors.data if batch.errors else None) or []]
                 said = self.without_key("; ".join(map(str, reasons)))[:200]
+                self.notes.unlink(missing_ok=True)
                 raise ModelError(f"{self.address}: batch {batch_id} failed: {said}")
             for file in (batch.output_file_id, batch.error_file_id):
                 if file:
-                    text = (await self.client.files.content(file)).text
+                    lines = (await self.client.files.content(file)).text.split("\n")  # JSON may hold other line ends
                     try:
-                        answers.update((row["custom_id"], row) for row in map(json.loads, text.splitlines()))
+                        answers.update((row["custom_id"], row) for row in map(json.loads, filter(str.strip, lines)))
                     except (ValueError, KeyError, TypeError):
+                        self.notes.unlink(missing_ok=True)
                         raise ModelError(
                             f"{self.address}: batch {batch_id}: {file} is no output of a batch."
                         ) from None
         return answers
 
     def _settle(self, key: str, row: dict) -> None:
-        request, _, answer = self.waiting.pop(key)
-        if answer.done():
-            return
+        request, _, answer = self.waiting[key]
+        if not answer.done():
+            try:
+                answer.set_result(self._read(row, request))
+            except AnswerError as error:
+                answer.set_exception(error)
+        del self.waiting[key]
+
+    def _read(self, row: dict, request: Request) -> Reply:
         response = row.get("response") or {}
+        body = response.get("body") or {}
         if response.get("status_code") == 200:
             try:
-                answer.set_result(self.as_reply(ChatCompletion.model_validate(response["body"]), request))
+                return self.as_reply(ChatCompletion.model_validate(body), request)
             except ValueError as error:  # no completion, or one without choices
-                answer.set_exception(AnswerError(f"malformed response: {type(error).__name__}"))
-            return
-        said = (row.get("error") or response.get("body", {}).get("error") or {}).get("message", "no answer")
-        answer.set_exception(AnswerError(f"status {response.get('status_code')}: {self.without_key(said)}"[:200]))
+                raise AnswerError(f"malformed response: {type(error).__name__}") from None
+        told = row.get("error") or (body.get("error") if isinstance(body, dict) else body) or {}
+        said = (told.get("message") if isinstance(told, dict) else told) or "no answer"
+        raise AnswerError(f"status {response.get('status_code')}: {self.without_key(str(said))}"[:200])

@@ -150,20 +150,43 @@ class Journal:
         self.connection.execute(
             "CREATE TABLE IF NOT EXISTS outcomes (task TEXT PRIMARY KEY, result TEXT, failed TEXT, spent TEXT)"
         )
+        self.connection.execute("CREATE TABLE IF NOT EXISTS failures (task TEXT PRIMARY KEY, runs INTEGER)")
+        self.connection.execute(
+            "CREATE TABLE IF NOT EXISTS paid (only INTEGER PRIMARY KEY, prompt_tokens INTEGER, completion_tokens INTEGER)"
+        )
+        self.connection.execute("INSERT OR IGNORE INTO paid VALUES (0, 0, 0)")
 
-    def find(self, key: str, digest: str) -> Reply | None:
-        """The answer to the request of this key, if what was asked is the same."""
-        row = self.connection.execute(
-            "SELECT text, model, prompt_tokens, completion_tokens, complete FROM answers WHERE key = ? AND digest = ?",
-            (key, digest),
-        ).fetchone()
-        return Reply(row[0], row[1], row[2], row[3], bool(row[4])) if row else None
+    def find(self, key: str, digest: str) -> dict[int, Reply | AnswerError]:
+        """What came of the request of this key, by attempt, if what was asked is the same: answers, and that the task went on without one."""
+        rows = self.connection.execute(
+            "SELECT key, text, model, prompt_tokens, completion_tokens, complete FROM answers"
+            " WHERE key > ? AND key < ? AND digest = ?",
+            (f"{key}/", f"{key}0", digest),
+        )
+        return {
+            int(place.rpartition("/")[2]): AnswerError(text) if model is None else Reply(text, model, said, answered, bool(complete))
+            for place, text, model, said, answered, complete in rows
+        }  # fmt: skip
 
     def add(self, key: str, digest: str, reply: Reply) -> None:
         """Keep an answer; it survives a kill from here on."""
+        self.connection.execute("BEGIN")
         self.connection.execute(
             "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
             (key, digest, reply.text, reply.model, reply.prompt_tokens, reply.completion_tokens, reply.complete),
+        )
+        self.connection.execute(
+            "UPDATE paid SET prompt_tokens = prompt_tokens + ?, completion_tokens = completion_tokens + ?",
+            (reply.prompt_tokens, reply.completion_tokens),
+        )
+        self.connection.execute("COMMIT")
+
+    def go_without(self, key: str, digest: str, failure: AnswerError) -> None:
+        """Keep that a task went on without an answer, unless its last attempt gave one, if a useless one."""
+        self.connection.execute(
+            "INSERT INTO answers VALUES (?, ?, ?, NULL, 0, 0, 0) ON CONFLICT (key) DO UPDATE"
+            " SET digest = excluded.digest, text = excluded.text, model = NULL WHERE digest != excluded.digest",
+            (key, digest, str(failure)),
         )
 
     def finish(self, outcome: Outcome) -> None:
@@ -188,13 +211,22 @@ class Journal:
         return Outcome(row[0], json.loads(row[1]), row[2], Spent(**json.loads(row[3]))) if row else None
 
     def paid(self) -> tuple[int, int]:
-        """Prompt and completion tokens of all answers that ever came: those that are kept, and those of tasks that ended well."""
-        kept = self.connection.execute("SELECT TOTAL(prompt_tokens), TOTAL(completion_tokens) FROM answers").fetchone()
-        ended = self.connection.execute(
-            "SELECT TOTAL(json_extract(spent, '$.prompt_tokens')), TOTAL(json_extract(spent, '$.completion_tokens'))"
-            " FROM outcomes WHERE failed IS NULL"
-        ).fetchone()
-        return int(kept[0] + ended[0]), int(kept[1] + ended[1])
+        """Prompt and completion tokens of all answers that ever came, whether they are kept or not."""
+        return self.connection.execute("SELECT prompt_tokens, completion_tokens FROM paid").fetchone()
+
+    def try_again(self, tasks: Iterable[str]) -> None:
+        """Give tasks that failed in a run further attempts in the next; call it when the run has ended, so that one that is cut short ends the same."""
+        self.connection.execute("BEGIN")
+        self.connection.executemany(
+            "INSERT INTO failures VALUES (?, 1) ON CONFLICT (task) DO UPDATE SET runs = runs + 1",
+            ((task,) for task in tasks),
+        )
+        self.connection.execute("COMMIT")
+
+    def failed_runs(self, task: str) -> int:
+        """How many runs have ended in which a task failed."""
+        row = self.connection.execute("SELECT runs FROM failures WHERE task = ?", (task,)).fetchone()
+        return row[0] if row else 0
 
     def close(self) -> None:
         """Close the file."""
@@ -210,7 +242,7 @@ class Engine:
         journal ([`Journal`]): Keeps the answers.
         concurrency (`int`, *optional*, defaults to 32): Requests in flight at once.
         live_tasks (`int`, *optional*): Tasks begun and not ended at once; twice the concurrency if not given.
-        attempts (`int`, *optional*, defaults to 3): How often a request is asked until its answer has the right form.
+        attempts (`int`, *optional*, defaults to 3): How often a run asks a request until its answer has the right form.
         prices ([`Prices`], *optional*): For the cost.
         budget_usd (`float`, *optional*): Hard cap on the cost, the most that requests in flight can cost counted in.
         spent_usd (`float`, *optional*, defaults to 0.0): What earlier processes have spent of it.
@@ -280,33 +312,44 @@ class Engine:
 
     async def _run_one(self, name: str, start: Callable[[], Steps]) -> Outcome:
         steps, asked, spent = start(), 0, Spent()
+        attempts = self.attempts * (1 + self.journal.failed_runs(name))
         try:
             requests = next(steps)
             while True:
-                going = [self._answer(f"{name}/{asked + i}", request, spent) for i, request in enumerate(requests)]
+                keys = [f"{name}/{asked + i}" for i in range(len(requests))]
+                going = [self._answer(k, request, attempts, spent) for k, request in zip(keys, requests, strict=True)]
                 # where one request ends the run, the others are paid for all the same, and must arrive
                 answers = await asyncio.gather(*going, return_exceptions=True)
                 for answer in answers:
                     if isinstance(answer, BaseException) and not isinstance(answer, AnswerError):
                         raise answer
                 asked += len(requests)
-                requests = steps.send(answers)
+                coming = steps.send(answers)
+                for key, request, answer in zip(keys, requests, answers, strict=True):
+                    if isinstance(request, Request) and isinstance(answer, AnswerError):
+                        self.journal.go_without(f"{key}/{attempts - 1}", request.digest, answer)
+                requests = coming
         except StopIteration as stop:
             return Outcome(name, stop.value, None, spent)
         except AnswerError as error:
             return Outcome(name, None, str(error), spent)
 
-    async def _answer(self, key: str, request: Request | Embedding, spent: Spent) -> Any:
-        """The parsed answer, or the [`AnswerError`] of the last attempt."""
+    async def _answer(self, key: str, request: Request | Embedding, attempts: int, spent: Spent) -> Any:
+        """The parsed answer, or the [`AnswerError`] of the last attempt; those before a journaled one had failed and are not made again."""
         if isinstance(request, Embedding):
             assert self.embedder is not None
             vectors = self.embedder.embed(request)
             return None if request.ahead else await vectors
-        failure = AnswerError("not asked")
-        for attempt in range(self.attempts):
+        known, failure = self.journal.find(key, request.digest), AnswerError("not asked")
+        last = max(known, default=-1)
+        for attempt in range(attempts):
             self.progress.retried += attempt > 0
             try:
-                reply = await self._reply(f"{key}/{attempt}", request)
+                if attempt > last:
+                    reply = await self._ask(f"{key}/{attempt}", request)
+                else:
+                    reply = needed(known.get(attempt, failure))
+                    self.progress.reused += 1
                 spent.calls += 1
                 spent.prompt_tokens += reply.prompt_tokens
                 spent.completion_tokens += reply.completion_tokens
@@ -318,11 +361,7 @@ class Engine:
                 failure = error
         return failure
 
-    async def _reply(self, key: str, request: Request) -> Reply:
-        reply = self.journal.find(key, request.digest)
-        if reply is not None:
-            self.progress.reused += 1
-            return reply
+    async def _ask(self, key: str, request: Request) -> Reply:
         async with self.slots:
             if self.ended:
                 raise self.ended

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
-from httpx2 import URL
+from httpx2 import URL, InvalidURL
 from openai import (
     APIConnectionError,
     APIStatusError,
@@ -191,7 +191,12 @@ class OpenAILLM:
     def client(self) -> AsyncOpenAI:
         """The client, with its connection pool."""
         key = self.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        url, headers = URL(self.base_url), {}
+        try:
+            url, headers = URL(self.base_url), {}
+        except InvalidURL:  # it may quote a password
+            raise ModelError(
+                "the endpoint's address cannot be read: its port must be a number, and / in a password is written %2F."
+            ) from None
         if url.userinfo:  # aiohttp takes one authorisation only
             headers["Authorization"] = f"Basic {b64encode(f'{url.username}:{url.password}'.encode()).decode()}"
         return AsyncOpenAI(
@@ -206,7 +211,7 @@ class OpenAILLM:
     @property
     def address(self) -> str:
         """`base_url` without a password or a key in it."""
-        return re.sub(r"//[^/@]*@", "//", self.base_url).partition("?")[0]
+        return re.sub(r"//.*@", "//", self.base_url.partition("?")[0])
 
     def most_tokens(self, role: str) -> int:
         """Longest answer to a role, in tokens."""

@@ -26,7 +26,7 @@ SEEDS_SHOWN, WRITTEN_SHOWN = 5, 2
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be read; the message names file, line and field."""
+    """Profiles that cannot be read or written; the message names file, line and field."""
 
 
 def normalise_emotion(label: str) -> Emotion:
@@ -52,7 +52,7 @@ def read_profiles(path: Path) -> list[Profile]:
 
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: {error}.") from None
     profiles = []
@@ -155,7 +155,7 @@ def find_fault(draft: Draft, language: str) -> str | None:
             return f"{field} too short"
         if len(said) > 220:
             return f"{field} too long"
-        if any(mark in text for mark in "{}[]<>*#`|\n"):
+        if any(mark in text for mark in "{}[]<>*#`|") or len(text.splitlines()) > 1:
             return f"{field} has markup"
     return None
 
@@ -247,9 +247,31 @@ def draft_request(
     return ask("profile", language, emotion=emotion, examples=examples)
 
 
+def make_room(path: Path) -> None:
+    """
+    Make the folder of a file that is to be written.
+
+    Raises:
+        ProfileError: If there is a folder where the file should be, or no folder can be above it.
+
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProfileError(f"{path}: its folder cannot be made ({error.strerror}).") from None
+    if path.is_dir():
+        raise ProfileError(f"{path}: is a folder; expected a file to write.")
+
+
 def write_profiles(path: Path, profiles: Iterable[Profile]) -> None:
-    """Write JSON Lines, whole or not at all."""
+    """
+    Write JSON Lines, whole or not at all.
+
+    Raises:
+        ProfileError: If that cannot be; see [`make_room`].
+
+    """
+    make_room(path)
     partial = path.with_name(f"{path.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("".join(f"{profile.model_dump_json()}\n" for profile in profiles), "utf-8")
     partial.replace(path)

@@ -5,8 +5,8 @@ import fcntl
 import hashlib
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from agent_generation.prompts import VERSION
 from agent_generation.session import Dialogue, SessionPlan, Settings
 from agent_generation.tool import Toolbox
 from dataset_builders.schema import Generator, Profile, Session, Usage
+from dataset_builders.stickers.encoder import PACKAGED
 from dataset_builders.stickers.split import split_of_database
 
 
@@ -42,6 +43,8 @@ class Run:
         settings ([`Settings`]): How sessions are written.
         shards (`int`, *optional*, defaults to 1): Journals that the sessions are dealt to.
         prompts (`str`, *optional*): Version of the prompts.
+        encoder (`str`, *optional*): Sentence encoder that stickers are found and memories recalled with.
+        databases (`str`, *optional*): Digest of the stickers' deal into databases.
 
     """
 
@@ -53,6 +56,8 @@ class Run:
     settings: Settings
     shards: int = 1
     prompts: str = VERSION
+    encoder: str = PACKAGED
+    databases: str = ""
 
 
 @contextmanager
@@ -61,10 +66,13 @@ def open_run(folder: Path, run: Run) -> Iterator[None]:
     Hold a run folder: new, or of the same run; nobody else may write it meanwhile.
 
     Raises:
-        RunError: If it holds another run or another process writes it.
+        RunError: If it is no folder, holds another run or another process writes it.
 
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror}; expected a folder to write.") from None
     with (folder / ".lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,6 +101,11 @@ def replace_text(file: Path, text: str) -> None:
 def digest_profiles(profiles: Sequence[Profile]) -> str:
     """SHA-256 of profiles in their order."""
     return hashlib.sha256("\n".join(profile.model_dump_json() for profile in profiles).encode()).hexdigest()
+
+
+def digest_databases(databases: Mapping[str, int]) -> str:
+    """SHA-256 of which database each sticker is in."""
+    return hashlib.sha256(json.dumps(databases, sort_keys=True).encode()).hexdigest()
 
 
 def plan_session(number: int, profiles: Sequence[Profile], databases: int, seed: int) -> SessionPlan:
@@ -129,7 +142,7 @@ async def write_sessions(
     on_session: Callable[[Outcome], object],
 ) -> None:
     """
-    Write sessions that are not in the engine's journal yet; those that failed are tried again from their journaled answers.
+    Write sessions that are not in the engine's journal yet; those that failed go on from their journaled answers.
 
     Raises:
         ModelError: If the model answers nobody.
@@ -162,7 +175,8 @@ def journal_file(folder: Path, shard: int) -> Path:
 
 def export_run(folder: Path, run: Run, plans: Iterator[SessionPlan], prices: Prices) -> dict:
     """
-    Write `sessions.jsonl`, `failures.jsonl` and `summary.json` from the journals: in the sessions' order, each file whole or not at all.
+    Write `sessions.jsonl`, `failures.jsonl` and `summary.json` from the journals: in the sessions' order, each file whole or not at all. When no
+    session is missing, the run has ended, and the next one tries those that failed again.
 
     Returns:
         `dict`: The summary.
@@ -171,18 +185,21 @@ def export_run(folder: Path, run: Run, plans: Iterator[SessionPlan], prices: Pri
     journals = [Journal(journal_file(folder, shard)) for shard in range(run.shards)]
     total: Counter[str] = Counter()
     tally: Counter[str] = Counter()
+    failed: dict[int, list[str]] = defaultdict(list)  # by shard
     with (
         (folder / f"{SESSIONS}.partial").open("w", encoding="utf-8") as sessions,
         (folder / f"{FAILURES}.partial").open("w", encoding="utf-8") as failures,
     ):
         for plan in plans:
-            outcome = journals[shard_of(plan.session_id, run.shards)].outcome(plan.session_id)
+            shard = shard_of(plan.session_id, run.shards)
+            outcome = journals[shard].outcome(plan.session_id)
             if outcome is None:
                 total["missing"] += 1
                 continue
             count_spent(total, outcome.spent)
             if outcome.result is None:
                 total["failed"] += 1
+                failed[shard].append(plan.session_id)
                 row = {"session_id": plan.session_id, "reason": outcome.failed}
                 failures.write(json.dumps(row, ensure_ascii=False) + "\n")
                 continue
@@ -190,12 +207,14 @@ def export_run(folder: Path, run: Run, plans: Iterator[SessionPlan], prices: Pri
             sessions.write(session.model_dump_json() + "\n")
             total.update(sessions=1, turns=len(session.turns), no_sticker=session.no_sticker)
             tally.update(outcome.result["tally"])
-    for journal in journals:
-        journal.close()
     summary = summarise(total, tally, run.settings, prices)
     for name in (SESSIONS, FAILURES):
         (folder / f"{name}.partial").replace(folder / name)
     replace_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    for shard, journal in enumerate(journals):
+        if not total["missing"]:
+            journal.try_again(failed[shard])
+        journal.close()
     return summary
 
 

@@ -93,7 +93,7 @@ class Generator(Record):
     name: str
     model: str | None = None
     version: str
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
 
 
 class Usage(Record):

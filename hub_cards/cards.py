@@ -4,6 +4,24 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dataset_builders.cards import somebodys_card
+
+
+class CardError(ValueError):
+    """A card that somebody wrote, where one is to be made."""
+
+
+def check_card(folder: Path) -> None:
+    """
+    Stop if somebody wrote a folder's card.
+
+    Raises:
+        CardError: Naming it.
+
+    """
+    if somebodys_card(folder) is not None:
+        raise CardError(f"{folder / 'README.md'}: somebody wrote this card; move it away to have one made.")
+
 
 def render_card(name: str, /, **values: object) -> str:
     """

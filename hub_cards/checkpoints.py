@@ -10,6 +10,7 @@ from typing import Literal
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from dataset_builders.cards import BOILERPLATE
 from hub_cards.cards import render_card
 from hub_cards.licences import hub_licence
 
@@ -28,7 +29,6 @@ MARKS: dict[str, Kind] = {
 }
 LIBRARIES = {"model": "transformers", "processor": "transformers", "pipeline": "diffusers", "adapter": "peft"}
 TASKS = {"model": "image-text-to-text", "pipeline": "text-to-image"}
-BOILERPLATE = "[More Information Needed]"  # what libraries write into cards that nobody has written
 
 
 class KindError(ValueError):
@@ -70,7 +70,7 @@ def kind_of(folder: Path) -> Kind:
 
 def own_card(folder: Path) -> ModelCard | None:
     """
-    The card that somebody wrote for a folder, `None` if there is none or only a library's boilerplate.
+    The card of a folder, `None` if there is none or only a library's boilerplate.
 
     Raises:
         ValueError: If its front matter is broken.

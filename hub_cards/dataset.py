@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from dataset_builders.cards import sign_card, somebodys_card
 from dataset_builders.stickerconv.build import DatasetFolder, card_data
 from dataset_builders.stickerconv.statistics import compute_statistics
 from hub_cards.cards import render_card, size_category
@@ -48,13 +49,15 @@ def describe_dataset(
 
 def write_dataset_card(folder: Path, repo_id: str = "") -> None:
     """
-    Write `README.md` from the dataset's numbers, which [`describe_dataset`] left there.
+    Write `README.md` from the dataset's numbers, which [`describe_dataset`] left there; one that somebody wrote stays.
 
     Args:
         folder (`Path`): The dataset.
         repo_id (`str`, *optional*): Where it will be; the folder's own name if not given.
 
     """
+    if somebodys_card(folder) is not None:
+        return
     info = DatasetFolder.load(folder)
     statistics = json.loads((folder / STATISTICS_FILE).read_text("utf-8"))
     data = card_data(info)
@@ -75,4 +78,4 @@ def write_dataset_card(folder: Path, repo_id: str = "") -> None:
         rows={name: f"{sum(size.rows for size in sizes.values()):,}" for name, sizes in info.sizes.items()},
         **statistics,
     )
-    (folder / "README.md").write_text(card, "utf-8")
+    (folder / "README.md").write_text(sign_card(card), "utf-8")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from dataset_builders.cards import sign_card, somebodys_card
 from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickerconv.build import DatasetFolder
 from dataset_builders.stickers.export import check_licence
 from dataset_builders.stickers.pack import StickerPack
 from dataset_builders.stickers.sheet import contact_sheet
-from hub_cards.cards import render_card, size_category
+from hub_cards.cards import check_card, render_card, size_category
 from hub_cards.checkpoints import CardOptions, Kind, KindError, checkpoint_card, kind_of, own_card
 from hub_cards.dataset import STATISTICS_FILE, describe_dataset, write_dataset_card
 from hub_cards.licences import hub_licence, require_free
@@ -93,7 +94,7 @@ def _tag(repo_id: str, repo_type: str, tag: str, commit: str) -> None:
 
 def _push_files(folder: Path, kind: Kind, repo_id: str, private: bool, have_rights: bool, options: CardOptions) -> str:
     require_free(licences_of(folder, options), have_rights)
-    if kind == "dataset" or own_card(folder) is None:
+    if own_card(folder) is None or (kind == "dataset" and somebodys_card(folder) is None):
         write_card(folder, repo_id, options)
     api, repo_type = HfApi(), REPO_TYPES.get(kind, "model")
     sdk = "gradio" if kind == "space" else None
@@ -130,13 +131,16 @@ def write_card(folder: Path, repo_id: str, options: CardOptions) -> None:
 
     Raises:
         KindError: If the folder holds something else.
+        CardError: If somebody wrote the card that is there.
 
     """
     kind = kind_of(folder)
     if kind in ("space", "pack"):
         raise KindError(f"{folder}: the card of a {kind} is written with it: `pegs {CARD_COMMANDS[kind]}`.")
+    check_card(folder)
     if kind != "dataset":
-        (folder / "README.md").write_text(checkpoint_card(folder, repo_id or folder.absolute().name, options), "utf-8")
+        card = checkpoint_card(folder, repo_id or folder.absolute().name, options)
+        (folder / "README.md").write_text(sign_card(card), "utf-8")
         return
     if not (folder / STATISTICS_FILE).is_file():
         describe_dataset(folder)
@@ -145,7 +149,8 @@ def write_card(folder: Path, repo_id: str, options: CardOptions) -> None:
 
 def push_sticker_pack(folder: Path, repo_id: str, private: bool = False, have_rights: bool = False) -> str:
     """
-    Publish a pack as a dataset repository: the Hub shows its pictures, `load_dataset` reads it without code of ours.
+    Publish a pack as a dataset repository: the Hub shows its pictures, `load_dataset` reads it without code of ours. Its card is made from its numbers,
+    unless the folder has one that somebody wrote.
 
     What was uploaded by a call that was cut short is not sent again.
 
@@ -173,7 +178,8 @@ def push_sticker_pack(folder: Path, repo_id: str, private: bool = False, have_ri
     contact_sheet(images, shown, footer=pack.info.attribution).save(sheet, "PNG", optimize=True)
     operations = [CommitOperationAdd(name, str(folder / name)) for name in PACK_FILES if (folder / name).is_file()]
     operations.append(CommitOperationAdd("assets/sheet.png", sheet.getvalue()))
-    operations.append(CommitOperationAdd("README.md", sticker_pack_card(pack, repo_id).encode()))
+    card = somebodys_card(folder) or sign_card(sticker_pack_card(pack, repo_id))
+    operations.append(CommitOperationAdd("README.md", card.encode()))
     api = HfApi()
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     message = f"Sticker pack {pack.info.name}, version {pack.info.version}"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCardData
 
-from hub_cards.cards import render, render_card
+from dataset_builders.cards import sign_card
+from hub_cards.cards import check_card, render, render_card
 
 
 REQUIREMENTS = "stickerconv[chat] @ git+https://github.com/stickerconv/stickerconv\n"
@@ -20,7 +21,11 @@ def write_space(folder: Path, model: str, stickers: str = "openmoji", variant: s
         stickers (`str`, *optional*, defaults to `"openmoji"`): Name or Hub id of the pack.
         variant (`str`, *optional*, defaults to `"ret"`): Which variant is chosen at first.
 
+    Raises:
+        CardError: If somebody wrote the card that is there.
+
     """
+    check_card(folder)
     folder.mkdir(parents=True, exist_ok=True)
     title = f"Chat with {model.rpartition('/')[2]}"
     data = SpaceCardData(title=title, sdk="gradio", app_file="app.py", license="apache-2.0", models=[model], tags=["pegs", "stickers"])  # fmt: skip
@@ -28,4 +33,4 @@ def write_space(folder: Path, model: str, stickers: str = "openmoji", variant: s
     (folder / "app.py").write_text(render("space_app.py.jinja", **values), "utf-8")
     (folder / "requirements.txt").write_text(REQUIREMENTS, "utf-8")
     card = render_card("space_card", front_matter=data.to_yaml(), title=title, **values)
-    (folder / "README.md").write_text(card, "utf-8")
+    (folder / "README.md").write_text(sign_card(card), "utf-8")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -19,10 +20,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agent_generation.batch_api import BatchLLM
 from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Prices
 from agent_generation.llm import LLM, ROLES, OpenAILLM
-from agent_generation.profile import ProfileError, generate_profiles, normalise_emotion, read_profiles, write_profiles
+from agent_generation.profile import (
+    ProfileError,
+    generate_profiles,
+    make_room,
+    normalise_emotion,
+    read_profiles,
+    write_profiles,
+)
 from agent_generation.run import (
     Run,
     RunError,
+    digest_databases,
     digest_profiles,
     estimate,
     export_run,
@@ -37,10 +46,12 @@ from agent_generation.session import SessionPlan, Settings
 from agent_generation.tool import Toolbox
 from dataset_builders.schema import Emotion, Profile
 from dataset_builders.stickers.encoder import TextEncoder
+from dataset_builders.stickers.pack import StickerPack
 from dataset_builders.stickers.search import digest_texts, open_search
 from pegs.adapters import EMBEDDED, load_language_model
 from pegs.assemble import CHECKPOINTS, DEFAULT_MODEL, find_pack, load_pack
 from pegs.errors import InputError
+from pegs.sticker_tools import journal_of
 
 
 RATES = {"stickerconv": (0.35, 0.60), "mod": (0.31, 0.31), "line": (0.09, 0.09), "off": (0.0, 0.0)}
@@ -190,9 +201,25 @@ def parse_shares(text: str) -> dict[Emotion, float]:
         raise InputError(f"--emotions {text}: {error}; expected for example sadness=3,fear=2,happiness=1.") from error
 
 
-def load_toolbox(stickers: str, encoder: TextEncoder) -> tuple[Toolbox, str]:
+def load_encoder(name: str) -> TextEncoder:
     """
-    The sticker databases of a pack, and a digest of its stickers.
+    The sentence encoder, loaded.
+
+    Raises:
+        InputError: If there is none of that name.
+
+    """
+    encoder = TextEncoder(name)
+    try:
+        _ = encoder.model
+    except (OSError, ValueError) as error:
+        raise InputError(f"--encoder {name}: {str(error).splitlines()[0]}") from error
+    return encoder
+
+
+def load_toolbox(stickers: str, encoder: TextEncoder) -> tuple[Toolbox, StickerPack]:
+    """
+    The sticker databases of a pack, and the pack.
 
     Raises:
         InputError: If the pack cannot be read, is not annotated or not split.
@@ -203,8 +230,7 @@ def load_toolbox(stickers: str, encoder: TextEncoder) -> tuple[Toolbox, str]:
         raise InputError(
             f"--stickers {stickers}: the pack must be annotated and split (pegs stickers annotate, split)."
         )
-    digest = f"{digest_texts(pack.stickers)[:16]}/{pack.num_databases}"
-    return Toolbox(open_search(find_pack(stickers), pack, encoder), pack.databases), digest
+    return Toolbox(open_search(find_pack(stickers), pack, encoder), pack.databases), pack
 
 
 def load_profiles(path: Path) -> list[Profile]:
@@ -215,18 +241,16 @@ def load_profiles(path: Path) -> list[Profile]:
         InputError: If there are none, or a broken one.
 
     """
-    try:
+    with told_plainly():
         return read_profiles(path)
-    except ProfileError as error:
-        raise InputError(str(error)) from error
 
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """Errors that end a run, as one line."""
+    """Errors that end a run or keep it from beginning, as one line."""
     try:
         yield
-    except (*ENDS_A_RUN, RunError) as error:
+    except (*ENDS_A_RUN, RunError, ProfileError) as error:
         raise InputError(str(error)) from error
 
 
@@ -243,14 +267,19 @@ def make_profiles(
     count: int, out: Path, shares: dict[Emotion, float], seed: int, language: str, writer: Writer
 ) -> dict:
     """
-    Write user profiles by self-instruct into `out`; the journal beside it resumes what was cut short.
+    Write user profiles by self-instruct into `out`; the journal beside it, one a model, resumes what was cut short.
 
     Returns:
         `dict`: `profiles` (count), `refused` (by reason), and what it took.
 
+    Raises:
+        InputError: If `out` cannot be written, the model answers nobody or has nothing new to say, or the budget is used up.
+
     """
-    journal_path = out.with_name(f"{out.name}.journal.sqlite")
-    with told_plainly(), closing(Journal(journal_path)) as journal, progress_bar(count, "profiles") as show:
+    with told_plainly():
+        make_room(out)
+    task, file = f"profiles/{seed}", journal_of(out.parent, f"{out.name}.journal", writer.model)
+    with told_plainly(), closing(Journal(file)) as journal, progress_bar(count, "profiles") as show:
         engine = Engine(
             writer.open(out.with_name(f"{out.name}.batches.json")),
             journal,
@@ -262,11 +291,12 @@ def make_profiles(
 
         async def write() -> Outcome:
             start = lambda: generate_profiles(count, shares, seed, language, on_accepted=show)  # noqa: E731
-            return [outcome async for outcome in engine.run([(f"profiles/{seed}", start)])][0]
+            return [outcome async for outcome in engine.run([(task, start)])][0]
 
         outcome = asyncio.run(write())
-    if outcome.result is None:
-        raise InputError(f"{out}: {outcome.failed}")
+        if outcome.result is None:
+            journal.try_again([task])
+            raise InputError(f"{out}: {outcome.failed}")
     write_profiles(out, [Profile.model_validate(row) for row in outcome.result["profiles"]])
     spent = outcome.spent
     return {
@@ -305,7 +335,7 @@ class Job:
 
 def estimate_sessions(job: Job) -> dict:
     """What a job will take; see [`estimate`]."""
-    encoder = TextEncoder(job.encoder)
+    encoder = load_encoder(job.encoder)
     toolbox, _ = load_toolbox(job.stickers, encoder)
     few = islice(job.plans(len(toolbox.databases)), ESTIMATED)
     with tempfile.TemporaryDirectory() as folder:
@@ -319,16 +349,23 @@ def make_sessions(job: Job) -> dict:
     Returns:
         `dict`: The run's summary.
 
+    Raises:
+        InputError: If the folder holds another run, Ray is missing, the model answers nobody or the budget is used up.
+
     """
-    toolbox, digest = load_toolbox(job.stickers, TextEncoder(job.encoder))
+    if job.engine == "ray" and find_spec("ray") is None:
+        raise InputError("--engine ray needs Ray: pip install 'stickerconv[ray]'.")
+    toolbox, pack = load_toolbox(job.stickers, TextEncoder(job.encoder))
     run = Run(
         job.seed,
         job.writer.model,
         job.writer.role_models,
-        digest,
+        digest_texts(pack.stickers),
         digest_profiles(job.profiles),
         job.settings,
         job.shards,
+        encoder=job.encoder,
+        databases=digest_databases(pack.databases),
     )
     databases = len(toolbox.databases)
     with told_plainly(), open_run(job.out, run):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
@@ -24,7 +24,7 @@ from pipelines.pipeline_sticker import StickerPipeline
 
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 DEFAULT_MODEL = CHECKPOINTS / "pegs-mini"
 
 
@@ -41,7 +41,7 @@ def find_pack(name: str) -> Path:
     try:
         on_hub = not Path(name).exists() and HUB_ID.fullmatch(name)
         return Path(snapshot_download(name, repo_type="dataset") if on_hub else name)
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise InputError(f"--stickers {name}: {str(error).splitlines()[0]}") from error
 
 

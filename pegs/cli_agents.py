@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from pegs.cli_stickers import BudgetOption, JsonOption, LanguageOption, PriceInOption, PriceOutOption, StickersOption
+from pegs.errors import InputError
 
 
 profiles_app = typer.Typer(help="User profiles.", no_args_is_help=True)
@@ -59,9 +60,12 @@ def profiles_seeds(
     out: Annotated[Path, typer.Option("--out", help="JSON Lines file to write.")], language: LanguageOption = "en"
 ) -> None:
     """Write the seed profiles, to start from without a model."""
-    from agent_generation.profile import seed_profiles, write_profiles
+    from agent_generation.profile import ProfileError, seed_profiles, write_profiles
 
-    write_profiles(out, seed_profiles(language))
+    try:
+        write_profiles(out, seed_profiles(language))
+    except ProfileError as error:
+        raise InputError(str(error)) from error
 
 
 def generate(

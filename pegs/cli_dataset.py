@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from pegs.cli_hub import PrivateOption, RightsOption, TagOption, hub_errors
-from pegs.cli_stickers import JsonOption, StickersOption
+from pegs.cli_stickers import JsonOption, StickersOption, check_folder
 from pegs.errors import InputError
 
 
@@ -55,6 +55,7 @@ def dataset_build(
     """Build the dataset from sessions: parquet for sessions, turns and stickers, and a card. Every row is checked."""
     from dataset_builders.stickerconv.build import build_dataset
 
+    check_folder(out)
     if stickers != "openmoji" and not Path(stickers).exists():
         from pegs.assemble import find_pack
 

@@ -44,7 +44,7 @@ def hub_errors(folder: Path, repo_id: str) -> Iterator[None]:
 
     """
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     from dataset_builders.stickers.export import LicenceError
 
@@ -52,6 +52,8 @@ def hub_errors(folder: Path, repo_id: str) -> Iterator[None]:
         yield
     except LicenceError as error:
         raise InputError(f"{folder}: {error}; if you hold the rights, say --i-have-rights.") from error
+    except OfflineModeIsEnabled as error:
+        raise InputError(f"{repo_id}: {str(error).splitlines()[0]}") from error
     except ValueError as error:  # the folder, its files, or the repository's name
         raise InputError(str(error)) from error
     except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as error:
@@ -106,9 +108,9 @@ def card(
     from hub_cards.push import write_card
     from hub_cards.space import write_space
 
-    if space:
-        write_space(folder, space, stickers, variant)
-    else:
-        with hub_errors(folder, repo_id):
+    with hub_errors(folder, repo_id):
+        if space:
+            write_space(folder, space, stickers, variant)
+        else:
             write_card(folder, repo_id, CardOptions(licence, config, metrics, tuple(data or ())))
     typer.echo(str(folder / "README.md"))

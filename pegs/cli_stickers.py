@@ -42,6 +42,19 @@ def open_pack(folder: Path) -> "StickerPack":
         raise InputError(str(error)) from error
 
 
+def check_folder(out: Path) -> None:
+    """
+    See, before any work is done, that `out` is a folder or can become one.
+
+    Raises:
+        InputError: If it, or a folder above it, is a file.
+
+    """
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--out {out}: {there} is a file, not a folder.")
+
+
 def report(result: dict, as_json: bool, shown: tuple[str, ...]) -> None:
     """Print a result; what failed is told line by line, and ends the command with 1: the same command tries it again."""
     failed = result.get("failed", {})
@@ -78,6 +91,7 @@ def stickers_build(
     from dataset_builders.stickers.folder import SourceError
     from dataset_builders.stickers.images import BadImage
 
+    check_folder(out)
     given = {"name": name, "licence": licence, "attribution": attribution}
     with Console(stderr=True).status("building") as status:
         try:
@@ -197,13 +211,13 @@ def stickers_search(
 ) -> None:
     """Find stickers by what is said of them."""
     from dataset_builders.schema import EMOTIONS
-    from dataset_builders.stickers.encoder import TextEncoder
     from dataset_builders.stickers.search import open_search
+    from pegs.agent_tools import load_encoder
 
     if emotion and emotion not in EMOTIONS:
         raise InputError(f"--emotion {emotion}: must be one of {', '.join(EMOTIONS)}.")
     opened = open_pack(pack)
-    hits = open_search(pack, opened, TextEncoder(encoder)).by_text(
+    hits = open_search(pack, opened, load_encoder(encoder)).by_text(
         query, k, emotion or None, "prefer" if prefer else "only"
     )
     found = [
@@ -236,6 +250,7 @@ def stickers_export(
     """Write archives that a messenger takes, with attribution."""
     from dataset_builders.stickers.export import LicenceError, export_telegram, export_whatsapp
 
+    check_folder(out)
     export = export_telegram if to == "telegram" else export_whatsapp
     with Console(stderr=True).status("encoding") as status:
         try:
@@ -281,4 +296,8 @@ def stickers_show(
     if not chosen:
         raise InputError(f"--emotion {emotion}: the pack has no such stickers.")
     labels = [sticker.id for sticker in chosen]
-    contact_sheet([pack.image(i) for i in labels], labels, footer=pack.info.attribution).save(out)
+    sheet = contact_sheet([pack.image(i) for i in labels], labels, footer=pack.info.attribution)
+    try:
+        sheet.save(out)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {out}: expected a PNG file in a folder that is there ({error}).") from error

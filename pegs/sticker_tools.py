@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 from rich.console import Console
@@ -20,7 +21,6 @@ from dataset_builders.stickers.pack import StickerPack
 from pegs.errors import InputError
 
 
-JOURNAL = "journal.sqlite3"
 NEIGHBOURS = 5
 Make = Callable[[Callable[[], Image.Image], str], Steps]
 
@@ -37,11 +37,16 @@ class Endpoint:
     language: str
 
 
+def journal_of(folder: Path, work: str, model: str) -> Path:
+    """The journal of a piece of work in `folder`: one a model, since its answers are nobody else's."""
+    return folder / f"{work}-{quote(model, safe='')}.sqlite3"
+
+
 def ask_about(
-    pack: StickerPack, stickers: Sequence[Sticker], step: str, make: Make, endpoint: Endpoint, folder: Path
+    pack: StickerPack, stickers: Sequence[Sticker], step: str, make: Make, endpoint: Endpoint, file: Path
 ) -> tuple[dict[str, Outcome], Done]:
     """
-    Ask a model about stickers, with the journal in `folder`; the same call resumes what was cut short.
+    Ask a model about stickers, with the journal `file`; the same call resumes what was cut short.
 
     Raises:
         InputError: If the endpoint answers nobody or the budget is used up.
@@ -61,6 +66,7 @@ def ask_about(
             endpoint.concurrency,
             prices=endpoint.prices,
             budget_usd=endpoint.budget_usd,
+            spent_usd=endpoint.prices.cost(*journal.paid()),
             on_progress=lambda done: bar.update(row, completed=done.tasks, cost=done.cost_usd),
         )
         tasks = ((f"{step}/{sticker.id}", start(sticker)) for sticker in stickers)
@@ -70,7 +76,7 @@ def ask_about(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[cost]:.4f} USD"))  # fmt: skip
     try:
         with (
-            closing(Journal(folder / JOURNAL)) as journal,
+            closing(Journal(file)) as journal,
             Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,
         ):
             return asyncio.run(run(journal, bar))
@@ -87,7 +93,8 @@ def filter_pack(pack: StickerPack, endpoint: Endpoint, out: Path) -> dict:
 
     """
     out.mkdir(parents=True, exist_ok=True)
-    outcomes, done = ask_about(pack, pack.stickers, "filter", filter_sticker, endpoint, out)
+    file = journal_of(out, "filter", endpoint.model)
+    outcomes, done = ask_about(pack, pack.stickers, "filter", filter_sticker, endpoint, file)
     votes = {name: outcome.result for name, outcome in outcomes.items() if outcome.result}
     kept = [sticker for sticker in pack.stickers if votes.get(sticker.id, {}).get("kept")]
     if not kept:
@@ -106,7 +113,8 @@ def filter_pack(pack: StickerPack, endpoint: Endpoint, out: Path) -> dict:
 
 def annotate_pack(pack: StickerPack, endpoint: Endpoint, out: Path, again: bool) -> dict:
     """
-    Write knowledge for the stickers that have none (or, `again`, for all) into the pack in `out`.
+    Write knowledge for the stickers that have none (or, `again`, for all) into the pack in `out`. The next call tries those that failed again; `again`
+    asks about all of them anew when none has failed.
 
     Returns:
         `dict`: `annotated`, `failed` (id to reason), and the run's cost.
@@ -114,11 +122,17 @@ def annotate_pack(pack: StickerPack, endpoint: Endpoint, out: Path, again: bool)
     """
     out.mkdir(parents=True, exist_ok=True)
     wanted = [sticker for sticker in pack.stickers if again or not sticker.emotion or not sticker.description]
-    outcomes, done = ask_about(pack, wanted, "annotate", annotate_sticker, endpoint, out)
+    file = journal_of(out, "annotate-again" if again else "annotate", endpoint.model)
+    outcomes, done = ask_about(pack, wanted, "annotate", annotate_sticker, endpoint, file)
     known = {name: outcome.result for name, outcome in outcomes.items() if outcome.result}
     by = endpoint.model
     stickers = [apply_knowledge(s, known[s.id], by) if s.id in known else s for s in pack.stickers]
     StickerPack(pack.info, stickers, pack.images, pack.databases).save(out)
+    if failed := [outcome.task for outcome in outcomes.values() if outcome.failed]:
+        with closing(Journal(file)) as journal:
+            journal.try_again(failed)
+    elif again:
+        file.unlink()
     return {"pack": str(out), "annotated": len(known), **_report(outcomes, done)}
 
 
@@ -137,6 +151,9 @@ def annotate_pack_locally(pack: StickerPack, reference: StickerPack, model_name:
     from pegs.training.text_states import embed_sentences
 
     wanted = [sticker for sticker in pack.stickers if again or not sticker.emotion or not sticker.description]
+    if not wanted:
+        pack.save(out)
+        return {"pack": str(out), "annotated": 0, "failed": {}}
     model, processor = PegsModel.from_pretrained(model_name).eval(), AutoProcessor.from_pretrained(model_name)
     known = [sticker for sticker in reference.stickers if sticker.emotion]
     known_vectors = embed_pictures(model, processor, reference, known)

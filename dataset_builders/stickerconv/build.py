@@ -13,9 +13,10 @@ import yaml
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dataset_builders.cards import sign_card, somebodys_card
 from dataset_builders.stickerconv.features import FEATURES, turns_table
 from dataset_builders.stickerconv.inputs import SplitCheck, known_stickers, open_pack, read_rows, sticker_rows
 from dataset_builders.stickerconv.sessions import SessionError, describe
@@ -76,6 +77,8 @@ class DatasetFolder(BaseModel):
             ) from None
         except ValidationError as error:
             raise SessionError(f"{folder / INFO_FILE}: {describe(error)}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SessionError(f"{folder / INFO_FILE}: not YAML ({str(error).splitlines()[0]}).") from None
 
     def save(self, folder: Path) -> None:
         """Write `dataset.yaml`."""
@@ -217,7 +220,7 @@ def build_dataset(
             sizes=sizes,
         )
         info.save(partial)
-        (partial / "README.md").write_text(f"---\n{card_data(info).to_yaml()}\n---\n# {info.name}\n", "utf-8")
+        (partial / "README.md").write_text(_card(info, out), "utf-8")
         _replace(out, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -271,6 +274,20 @@ def _origin(found: Format, pack: StickerPack | None, images: str | None) -> tupl
     own = {sticker.licence: f"sticker {sticker.id}" for sticker in reversed(pack.stickers) if sticker.licence}
     licences = {"the dialogues": pack.info.licence, "the stickers": pack.info.licence}
     return licences | {name: licence for licence, name in own.items()}, [pack.info.attribution]
+
+
+def _card(info: DatasetFolder, out: Path) -> str:
+    """The bare card of a build; one that somebody wrote for the build before keeps its text and learns the new splits."""
+    data, written = card_data(info), somebodys_card(out)
+    if written is None:
+        return sign_card(f"---\n{data.to_yaml()}\n---\n# {info.name}\n")
+    try:
+        card = DatasetCard(written)
+    except (ValueError, yaml.YAMLError) as error:
+        raise SessionError(f"{out / 'README.md'}: {str(error).splitlines()[0]}") from None
+    for key in ("configs", "dataset_info"):
+        card.data[key] = data[key]
+    return str(card)
 
 
 def _replace(out: Path, built: Path) -> None:

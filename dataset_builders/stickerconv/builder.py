@@ -42,9 +42,10 @@ class StickerConvConfig(datasets.BuilderConfig):
     skip_bad: bool = False
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """The cache's key: another one when the pack has changed."""
-        file = Path(self.stickers) / "stickers.parquet"
-        changed = {"stickers": f"{self.stickers}@{file.stat().st_mtime_ns}"} if file.is_file() else {}
+        """The cache's key: another one when the pack, or its databases, have changed."""
+        files = [Path(self.stickers) / name for name in ("stickers.parquet", "databases.parquet")]
+        states = [(file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None for file in files]
+        changed = {"stickers": f"{self.stickers}@{states}"} if any(states) else {}
         return super().create_config_id(config_kwargs | changed, custom_features)
 
 

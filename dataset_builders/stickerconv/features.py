@@ -14,7 +14,7 @@ from dataset_builders.schema import EMOTIONS, Emotion, Message, Opener, Session,
 from dataset_builders.stickers.pack import StickerPack
 
 
-SCALARS = {str: "string", int: "int32", float: "float64", bool: "bool"}
+SCALARS = {str: "string", int: "int64", float: "float64", bool: "bool"}
 EMOTION_INDEX: dict[str | None, int | None] = {None: None, **{name: index for index, name in enumerate(EMOTIONS)}}
 
 
@@ -46,7 +46,7 @@ _PART = {"type": Value("string"), "text": Value("string"), "sticker_id": Value("
 TURNS = Features(
     {
         **{name: SESSIONS[name] for name in ("session_id", "database")},
-        "turn": Value("int32"),
+        "turn": Value("int64"),
         **{name: SESSIONS["profile"][name] for name in ("emotion", "persona", "situation")},
         "messages": List({"role": Value("string"), "content": List(_PART)}),
         "response": features_of(Message),
@@ -56,7 +56,7 @@ STICKERS = Features(
     {
         "id": Value("string"),
         "image": Image(),
-        "database": Value("int32"),
+        "database": Value("int64"),
         **{name: feature for name, feature in features_of(Sticker).items() if name not in ("id", "image_path")},
     }
 )

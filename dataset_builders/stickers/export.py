@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 
 from dataset_builders.schema import Sticker
 from dataset_builders.stickers.images import SIDE, encode_animation
+from dataset_builders.stickers.ingest import unique_id
 from dataset_builders.stickers.pack import StickerPack
 
 
@@ -182,7 +183,7 @@ def export_telegram(
         names = {f"{s.id}.{'webm' if s.animated else 'webp'}": emoji_of(s) for s, _ in part}
         members = dict(zip(names, (data for _, data in part), strict=True))
         members["emoji.json"] = json.dumps(names, ensure_ascii=False, indent=1).encode()
-        files.append(_write_zip(folder / f"{pack.info.name}-telegram-{number}.zip", members, pack))
+        files.append(_write_zip(folder / f"{file_stem(pack)}-telegram-{number}.zip", members, pack))
         count += len(part)
     return Exported(files, count, skipped)
 
@@ -229,7 +230,7 @@ def export_whatsapp(
                 "author.txt": (pack.info.attribution or pack.info.name)[:128].encode(),
                 "emoji.txt": json.dumps(emojis, ensure_ascii=False).encode(),
             }
-            files.append(_write_zip(folder / f"{title.replace(' ', '-')}.wastickers", members, pack))
+            files.append(_write_zip(folder / f"{file_stem(pack)}-{len(files) + 1}.wastickers", members, pack))
             count += len(part)
     return Exported(files, count, skipped)
 
@@ -243,6 +244,11 @@ def _parts(items: Iterator[tuple[Sticker, bytes]], size: int) -> Iterator[list[t
             part = []
     if part:
         yield part
+
+
+def file_stem(pack: StickerPack) -> str:
+    """A pack's name as that of a file: a pack comes from anywhere, and its name may be a path."""
+    return unique_id(pack.info.name, set())
 
 
 def _write_zip(file: Path, members: dict[str, bytes], pack: StickerPack) -> Path:

@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
@@ -118,7 +119,7 @@ def render_tgs(data: bytes) -> bytes:
             raise BadImage("the animation is too large")
         animation = rlottie.LottieAnimation.from_data(text.decode("utf-8"))
         count, rate = animation.lottie_animation_get_totalframe(), animation.lottie_animation_get_framerate()
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise BadImage(f"broken .tgs ({error})") from error
     if not 0 < count <= 1000 or rate <= 0:
         raise BadImage(f"broken .tgs ({count} frames at {rate} a second)")

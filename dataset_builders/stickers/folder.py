@@ -19,7 +19,7 @@ NOTES = re.compile(
     r"(^|/)(pack\.yaml|licen[cs]e[^/]*|readme[^/]*|attribution[^/]*|notice[^/]*|\.[^/]*|__macosx/.*|thumbs\.db)$", re.I
 )
 MAX_NOTE = 4 * 2**20
-# what a damaged member of a zip may raise
+# what a damaged zip, or a member of it, may raise
 UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
@@ -53,7 +53,7 @@ def list_source(source: Path) -> Listing:
     Files of a folder or a zip (`.zip`, `.wastickers`, `.stickerpack`), sorted by path; nothing is unpacked to disk.
 
     Raises:
-        SourceError: If `source` is neither.
+        SourceError: If `source` is neither, or its table of contents is broken.
 
     """
     if source.is_dir():
@@ -64,7 +64,10 @@ def list_source(source: Path) -> Listing:
         raise SourceError("no such folder or file")
     if not zipfile.is_zipfile(source):
         raise SourceError("neither a folder nor a zip")
-    archive = zipfile.ZipFile(source)
+    try:
+        archive = zipfile.ZipFile(source)
+    except UNREADABLE as error:
+        raise SourceError(f"a broken zip ({error})") from error
     entries = sorted((entry for entry in archive.infolist() if not entry.is_dir()), key=lambda entry: entry.filename)
     return Listing({entry.filename: _member_reader(archive, entry) for entry in entries})
 

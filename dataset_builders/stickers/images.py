@@ -19,8 +19,10 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
 MAX_FRAMES = 600
 KEPT_FRAMES = 120  # of an animation that must be made smaller
+MAX_DEPTH = 64  # of elements in an SVG; the renderer's stack ends at some 200
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif"}
 KEPT_MODES = ("L", "LA", "P", "RGB", "RGBA")
+URL = re.compile(r"url\(\s*['\"]?\s*([^)'\"]*)", re.IGNORECASE)
 INSIDE = re.compile(r"#|data:image/(png|jpeg|webp|gif)[;,]", re.IGNORECASE)
 SVG_START = re.compile(rb"^(\xef\xbb\xbf)?\s*(<\?xml|<!--|<!DOCTYPE svg|<svg[\s>])", re.IGNORECASE)
 
@@ -65,9 +67,9 @@ def read_picture(data: bytes, name: str = "", black_background: bool = False) ->
         raise BadImage("the file is empty")
     if len(data) > MAX_BYTES:
         raise BadImage(f"the file is larger than {MAX_BYTES >> 20} MiB")
-    if name.lower().endswith(".svg") or SVG_START.match(data[:200]):
-        data = render_svg(data)
     try:
+        if name.lower().endswith(".svg") or SVG_START.match(data[:200]):
+            data = render_svg(data)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=list(FORMATS))
@@ -77,13 +79,13 @@ def read_picture(data: bytes, name: str = "", black_background: bool = False) ->
             if frames > MAX_FRAMES:
                 raise BadImage(f"{frames} frames are more than {MAX_FRAMES}")
             return _animation(image, data, frames) if frames > 1 else _still(image, data, black_background)
+    except (BadImage, ImportError):
+        raise
     except UnidentifiedImageError as error:
         raise BadImage("not a PNG, JPEG, WebP, GIF or SVG picture") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too many pixels: a decompression bomb") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        if isinstance(error, BadImage):
-            raise
+    except Exception as error:  # decoders of broken files raise whatever their code trips over
         raise BadImage(
             f"broken or cut off ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
@@ -256,7 +258,7 @@ def render_svg(data: bytes) -> bytes:
     Draw an SVG that refers to nothing outside itself, `SIDE` pixels on its longer side.
 
     Raises:
-        BadImage: If it has a script, an outside reference or an entity, or is no SVG.
+        BadImage: If it has a script, an outside reference or an entity, is nested too deeply, or is no SVG.
 
     """
     try:
@@ -278,9 +280,9 @@ def render_svg(data: bytes) -> bytes:
             if key == "href" and not INSIDE.match(value.strip()):
                 raise BadImage(f"the SVG refers outside itself ({value[:60]})")
         for text in (*element.attrib.values(), element.text or ""):
-            targets = re.findall(r"url\(\s*['\"]?\s*([^)'\"]*)", text, re.IGNORECASE)
-            if "@import" in text.lower() or not all(INSIDE.match(target.strip()) for target in targets):
+            if "@import" in text.lower() or not all(INSIDE.match(target.strip()) for target in URL.findall(text)):
                 raise BadImage("the SVG refers outside itself (url)")
+    _check_depth(root)
     resvg = importlib.import_module("resvg_py")
     width, height = _svg_size(root)
     scale = {"width": SIDE} if width >= height else {"height": SIDE}
@@ -288,6 +290,25 @@ def render_svg(data: bytes) -> bytes:
         return bytes(resvg.svg_to_bytes(svg_string=data.decode("utf-8-sig"), **scale))
     except (ValueError, RuntimeError, UnicodeDecodeError) as error:
         raise BadImage(f"broken SVG ({str(error).splitlines()[0]})") from error
+
+
+def _check_depth(root: ElementTree.Element) -> None:
+    """Stop at more than `MAX_DEPTH` levels, what an element draws by reference (`<use>`, a pattern) being a level below it: the renderer recurses into each."""
+    named = {f"#{element.get('id')}": element for element in root.iter()}
+    level = {root}
+    for _ in range(MAX_DEPTH):
+        targets = {target.strip() for element in level for target in _drawn_by(element)}
+        level = {part for element in level for part in element} | {named[t] for t in targets if t in named}
+        if not level:
+            return
+    raise BadImage(f"the SVG is nested more than {MAX_DEPTH} deep, or refers to itself")
+
+
+def _drawn_by(element: ElementTree.Element) -> list[str]:
+    """The references of an element that are drawn with it."""
+    uses = isinstance(element.tag, str) and element.tag.rpartition("}")[2] in ("use", "feImage")
+    hrefs = [value for key, value in element.attrib.items() if uses and key.rpartition("}")[2] == "href"]
+    return hrefs + URL.findall(" ".join(element.attrib.values()))
 
 
 def _svg_size(root: ElementTree.Element) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pegs.errors import InputError
 from pegs.evaluation.predict import Prediction, Predictions, Said, SentSticker
 from pegs.evaluation.results import Result, Statistic, make_result, mean_of
 from pegs.evaluation.templates import render_prompt
-from pegs.sticker_tools import Endpoint, Prices
+from pegs.sticker_tools import Endpoint, Prices, journal_of
 
 
 SCORINGS = 5  # of each reply and metric (appendix D.2)
@@ -296,7 +295,7 @@ def run_judge(
     """
     if endpoint.budget_usd is not None and endpoint.prices == Prices():
         raise InputError("--budget-usd needs --price-in and --price-out to count by.")
-    journal_path = folder / f"judge-{re.sub(r'[^A-Za-z0-9._-]+', '-', endpoint.model)}.sqlite3"
+    journal_path = journal_of(folder, "judge", endpoint.model)
 
     async def run(journal: Journal) -> tuple[Trial, dict[str, Outcome], Done]:
         stage, total = "describing stickers", 0
@@ -306,6 +305,7 @@ def run_judge(
             endpoint.concurrency,
             prices=endpoint.prices,
             budget_usd=endpoint.budget_usd,
+            spent_usd=endpoint.prices.cost(*journal.paid()),
             on_progress=lambda done: on_progress(stage, total, done),
         )
 

@@ -15,7 +15,7 @@ from agent_generation.memory import Reflection
 from agent_generation.plan import FreePlan, choice_form
 from dataset_builders.stickers.encoder import TextEncoder
 from tests.fixtures.agents import contents, dry_answer, write_run
-from tests.fixtures.llm_server import Server
+from tests.fixtures.llm_server import Server, batch
 from tests.fixtures.tiny import make_tiny_model, make_tiny_tokenizer
 
 
@@ -230,3 +230,38 @@ def test_a_steady_encoders_vectors_do_not_depend_on_the_batch():
         assert (steady([texts[n]])[0] == together[n]).all()
         assert (steady([texts[n], texts[3], "more"])[0] == together[n]).all()
     assert abs(together - TextEncoder(kept=0)(texts)).max() < 0.01  # bfloat16
+
+
+def ask_batch(server, folder, said="hello"):
+    return asyncio.run(asyncio.wait_for(batch_llm(server.url, folder).ask(asked(said), 1), 20))
+
+
+def test_a_batch_that_failed_or_is_not_kept_any_more_stops_no_later_run(tmp_path, monkeypatch):
+    with Server(lambda body: "good day") as server:
+        with monkeypatch.context() as patch:
+            failed = lambda number, status: batch(number, "failed")  # noqa: E731
+            patch.setattr("tests.fixtures.llm_server.batch", failed)
+            with pytest.raises(ModelError, match="batch-0 failed"):
+                ask_batch(server, tmp_path)
+        assert ask_batch(server, tmp_path).text == "good day" and len(server.batches) == 2
+        (tmp_path / "batches.json").write_text('["batch-99"]')
+        assert ask_batch(server, tmp_path).text == "good day" and len(server.batches) == 3
+
+
+def test_a_batchs_broken_output_stops_no_later_run(tmp_path):
+    with Server(lambda body: "fine") as server:
+        server.answer_batch = lambda number: b"<html>"
+        with pytest.raises(ModelError, match="no output of a batch"):
+            ask_batch(server, tmp_path)
+        del server.answer_batch
+        assert ask_batch(server, tmp_path).text == "fine"
+
+
+def test_unusual_lines_of_a_batchs_output_are_read(tmp_path):
+    with Server(lambda body: "good\u2028day\x85") as server:
+        plain = server.answer_batch
+        server.answer_batch = lambda number: json.dumps(json.loads(plain(number)), ensure_ascii=False).encode() + b"\n"
+        assert ask_batch(server, tmp_path).text == "good\u2028day\x85"
+    for body in (b'{"error": {"message": null}}', b'"<html>"', b"null"):
+        with Server(lambda _, body=body: (400, body)) as server, pytest.raises(AnswerError, match="status 400: "):
+            ask_batch(server, tmp_path)

@@ -14,9 +14,19 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from agent_generation.engine import BudgetError, Embedding, Engine, Journal, JournalError, Prices, needed
+from agent_generation.engine import (
+    BudgetError,
+    Embedding,
+    Engine,
+    Journal,
+    JournalError,
+    Outcome,
+    Prices,
+    Spent,
+    needed,
+)
 from agent_generation.llm import ROLES as LLM_ROLES
-from agent_generation.llm import AnswerError, ModelError, OpenAILLM, Request, RoleSettings
+from agent_generation.llm import AnswerError, ModelError, OpenAILLM, Reply, Request, RoleSettings
 from tests.fixtures.llm_server import Server, completion
 
 
@@ -299,3 +309,88 @@ def test_a_journal_is_written_by_one_process_at_a_time(tmp_path):
             Journal(file, patience=0.3)
         threading.Timer(0.5, other.kill).start()
         Journal(file).close()
+
+
+def unauthorised(body):
+    return 401, b'{"error": {"message": "no"}}'
+
+
+def test_an_attempt_that_failed_and_was_made_up_for_is_not_made_again_after_a_kill(journal):
+    lost = ["t one"]
+
+    def script(body):
+        last = body["messages"][-1]["content"]
+        if last in lost:
+            lost.remove(last)
+            return 503, b"busy"
+        return unauthorised(body) if "then" in last else honest(body)
+
+    with Server(script) as server, pytest.raises(ModelError):
+        run(server, journal, ["t"], max_retries=0)
+    with Server(honest) as server:
+        outcomes, progress = run(server, journal, ["t"])
+        assert ["then" in body["messages"][-1]["content"] for body in server.bodies] == [True]
+    assert outcomes["t"].result and outcomes["t"].spent.unusable == 1 and progress.reused == 2
+
+
+def test_a_task_that_went_on_without_an_answer_does_so_again_after_a_kill(journal):
+    def steps():
+        (rating,) = yield [text("how good")]
+        (said,) = yield [text("say")]
+        (more,) = yield [text(f"{needed(said)} more")]
+        return {"rating": str(rating), "more": needed(more)}
+
+    def ask(script):
+        async def collect():
+            engine = Engine(OpenAILLM(server.url, "m", ROLES, max_retries=0), journal)
+            return [outcome async for outcome in engine.run([("t", steps)])]
+
+        with Server(script) as server:
+            try:
+                return asyncio.run(collect()), len(server.bodies)
+            except ModelError:
+                return None, len(server.bodies)
+
+    def fails(body):
+        last = body["messages"][-1]["content"]
+        return (503, b"busy") if last == "how good" else unauthorised(body) if "more" in last else honest(body)
+
+    assert ask(fails) == (None, 5)
+    (outcome,), asked = ask(honest)
+    assert (
+        asked == 1 and outcome.result["more"] == "<<say> more>" and outcome.result["rating"].startswith("status 503")
+    )
+    assert outcome.spent.unusable == 3
+
+
+def test_answers_that_others_replaced_stay_paid_for(journal):
+    for digest in ("one", "other"):
+        journal.add("t/0/0", digest, Reply("x", "m", 10, 5))
+    journal.finish(Outcome("t", {}, None, Spent(calls=1, prompt_tokens=10, completion_tokens=5)))
+    assert journal.paid() == (20, 10)
+
+
+def test_a_task_that_failed_gets_new_attempts_when_its_run_has_ended(journal):
+    def stubborn(body):
+        return "no" if "then" in body["messages"][-1]["content"] else honest(body)
+
+    with Server(stubborn) as server:
+        run(server, journal, ["t"])
+        first = {body["seed"] for body in server.bodies}
+        outcomes, progress = run(server, journal, ["t"])  # cut short and resumed
+        assert progress.calls == 0 and outcomes["t"].failed == "malformed answer: no JSON object"
+        journal.try_again(["t"])
+        _, progress = run(server, journal, ["t"])
+        assert progress.calls == 3 and not first & {body["seed"] for body in server.bodies[5:]}
+        journal.try_again(["t"])
+        server.script = honest
+        outcomes, progress = run(server, journal, ["t"])
+    assert outcomes["t"].result and progress.calls == 1
+
+
+@pytest.mark.parametrize("address", ["http://me:very/secret@host/v1", "http://host:secret/v1"])
+def test_an_address_that_cannot_be_read_ends_the_run_without_telling_its_password(address):
+    with pytest.raises(ModelError, match="address cannot be read") as raised:
+        asyncio.run(OpenAILLM(address, "m").ask(text("x"), 0))
+    assert "secret" not in str(raised.value) and raised.value.__suppress_context__
+    assert OpenAILLM("http://me:1/secret@host/v1", "m").address == "http://host/v1"

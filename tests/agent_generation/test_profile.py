@@ -17,6 +17,7 @@ from agent_generation.profile import (
     read_profiles,
     seed_profiles,
     share_out,
+    write_profiles,
 )
 from dataset_builders.schema import EMOTIONS
 from tests.fixtures.agents import Scripted
@@ -128,3 +129,19 @@ def test_faults_are_named():
     assert (
         find_fault(Draft(name="A", persona=good, situation=good + " {and} more of it"), "en") == "situation has markup"
     )
+
+
+def test_a_profile_with_an_unusual_line_end_is_read_as_it_was_written_and_not_written_by_a_model(tmp_path):
+    odd = seed_profiles()[0]
+    odd = odd.model_copy(update={"persona": f"{odd.persona}\u2028And \x85 you sing."})
+    write_profiles(tmp_path / "p.jsonl", [odd])
+    assert read_profiles(tmp_path / "p.jsonl") == [odd]
+    assert find_fault(Draft(name="A", persona=odd.persona, situation=odd.situation), "en") == "persona has markup"
+
+
+def test_a_folder_in_the_place_of_a_file_of_profiles_is_one_line(tmp_path):
+    with pytest.raises(ProfileError, match=f"{tmp_path}: is a folder; expected a file"):
+        write_profiles(tmp_path, seed_profiles())
+    (tmp_path / "file").touch()
+    with pytest.raises(ProfileError, match="p.jsonl: its folder cannot be made"):
+        write_profiles(tmp_path / "file/p.jsonl", seed_profiles())

@@ -7,8 +7,8 @@ import pytest
 
 from agent_generation.dry import DryLLM
 from agent_generation.engine import seed_of
-from agent_generation.llm import OpenAILLM
-from agent_generation.run import Run, RunError, estimate, open_run, plan_session, plan_sessions
+from agent_generation.llm import ModelError, OpenAILLM
+from agent_generation.run import Run, RunError, digest_databases, estimate, open_run, plan_session, plan_sessions
 from agent_generation.session import Settings
 from dataset_builders.schema import Session
 from tests.fixtures.agents import (
@@ -140,3 +140,48 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing_and_asks_nothing_twice(t
     """`benchmarks/agent_scale.py` kills 200 times; this is the same with few."""
     runs, problems = kill_and_resume(tmp_path, kills=8, seed=0)
     assert runs >= 1 and problems == []
+
+
+def test_sessions_that_failed_are_tried_again_when_the_run_has_ended(tmp_path):
+    mute = Scripted(lambda request: "" if request.role == "user" else None)
+    summary, _ = write_run(tmp_path / "a", mute, 3)
+    assert (summary["failed"], summary["missing"]) == (3, 0)
+    summary, _ = write_run(tmp_path / "a", DryLLM(), 3)
+    assert (summary["sessions"], summary["failed"]) == (3, 0)
+
+
+def test_a_run_that_is_cut_short_ends_like_any_other_though_sessions_failed(tmp_path):
+    unlucky = plan_session(0, PROFILES, 2, 0).profile.name
+
+    def script(request):
+        return "" if request.role == "user" and unlucky in str(request.messages) else None
+
+    def cut(request):
+        return ModelError("no credit") if len(cut_short.asked) > 60 else script(request)
+
+    cut_short = Scripted(cut)
+    with pytest.raises(ModelError):
+        write_run(tmp_path / "a", cut_short, 3, concurrency=1)
+    assert len((tmp_path / "a/failures.jsonl").read_text().splitlines()) == 1
+    write_run(tmp_path / "a", Scripted(script), 3)
+    write_run(tmp_path / "b", Scripted(script), 3)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_run_keeps_to_its_encoder_and_to_the_deal_of_its_stickers(tmp_path):
+    def run(encoder, databases):
+        return Run(0, "m", {}, "pack", "profiles", Settings(), encoder=encoder, databases=digest_databases(databases))
+
+    with open_run(tmp_path, run("one", {"a": 1, "b": 2})):
+        pass
+    with open_run(tmp_path, run("one", {"b": 2, "a": 1})):
+        pass
+    for other, said in ((run("two", {"a": 1, "b": 2}), "encoder"), (run("one", {"a": 2, "b": 1}), "databases")):
+        with pytest.raises(RunError, match=f"begun with other {said};"), open_run(tmp_path, other):
+            pass
+
+
+def test_a_run_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(RunError, match=f"{tmp_path}/run: File exists"):
+        write_run(tmp_path / "run", DryLLM(), 1)

@@ -188,7 +188,7 @@ def digest(body):
 
 def journaled(folder):
     """Digests of the requests whose answers are kept so far."""
-    file = folder / "journal.sqlite3"
+    file = folder / "annotate-m.sqlite3"
     if not file.exists():
         return []
     with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:

@@ -74,6 +74,15 @@ def test_whatsapp_archives_come_back_as_packs(pack, tmp_path):
     assert again.info.attribution == "Discs by Ana"
 
 
+@pytest.mark.parametrize("export", [export_telegram, export_whatsapp])
+def test_a_packs_name_leads_nowhere(pack, tmp_path, export):
+    named = StickerPack(pack.info.model_copy(update={"name": "../../My escaped"}), pack.stickers[2:5], pack.images)
+    done = export(named, tmp_path / "deep" / "er" / "out")
+    (file,) = done.files
+    assert file.parent == tmp_path / "deep" / "er" / "out" and file.name.startswith("my-escaped-")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
 def test_telegram(pack, tmp_path):
     av = pytest.importorskip("av")
     done = export_telegram(pack, tmp_path)

@@ -1,6 +1,9 @@
+import gzip
 import io
+import json
 import random
 import stat
+import struct
 import subprocess
 import sys
 import zipfile
@@ -8,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dataset_builders.stickers.build import build_from_source
-from dataset_builders.stickers.exports import emoji_names
+from dataset_builders.stickers.exports import emoji_names, render_tgs
 from dataset_builders.stickers.folder import SourceError
 from dataset_builders.stickers.images import (
     SIDE,
@@ -172,6 +175,66 @@ def test_a_damaged_member_of_a_zip_is_left_out(tmp_path, method):
     ]
 
 
+def nested(depth):
+    return svg("<g>" * depth + '<rect width="9" height="9"/>' + "</g>" * depth)
+
+
+def used(depth):
+    """An SVG whose groups each draw the next by reference."""
+    groups = "".join(f'<g id="g{i}"><use xlink:href="#g{i + 1}"/></g>' for i in range(depth))
+    return svg(f'<defs>{groups}<g id="g{depth}"/></defs><use xlink:href="#g0"/><rect width="9" height="9"/>')
+
+
+def patterned(depth):
+    """An SVG whose patterns each are filled with the next."""
+    patterns = "".join(
+        f'<pattern id="p{i}" width="1" height="1"><rect width="5" height="5" fill="url(#p{i + 1})"/></pattern>'
+        for i in range(depth)
+    )
+    return svg(f'<defs>{patterns}<pattern id="p{depth}"/></defs><rect width="9" height="9" fill="url(#p0)"/>')
+
+
+@pytest.mark.parametrize("make", [nested, used, patterned])
+def test_an_svg_that_is_nested_too_deeply_is_refused_before_it_is_drawn(make):
+    assert read_picture(make(20)).width == 512
+    with pytest.raises(BadImage, match="nested more than 64 deep"):
+        read_picture(make(300))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'<?xml version="1.0" encoding="x-foo"?>' + svg("<g/>"),
+        b'<?xml version="1.0" encoding="shift_jis"?>' + svg("<g/>"),
+        svg("<g/>").replace(b"0 0 20 10", b"0 0 1.2.3 5"),
+    ],
+)
+def test_an_svg_that_cannot_be_read_is_a_bad_picture(data):
+    with pytest.raises(BadImage, match="broken or cut off"):
+        read_picture(data)
+
+
+@pytest.mark.parametrize("error", [IndexError, TypeError, struct.error])
+def test_whatever_a_decoder_raises_the_picture_is_bad(monkeypatch, error):
+    def trip(self):
+        raise error("tripped")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", trip)
+    with pytest.raises(BadImage, match=r"broken or cut off \(tripped\)"):
+        read_picture(encoded(drawing(20, 20, 1), "PNG"))
+
+
+def test_a_zip_with_a_broken_table_of_contents_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
+        archive.writestr("good.png", encoded(drawing(40, 40, 1), "PNG"))
+        start = archive.fp.tell()
+    content = bytearray((tmp_path / "pack.zip").read_bytes())
+    content[start : start + 4] = b"PK??"
+    (tmp_path / "pack.zip").write_bytes(content)
+    with pytest.raises(SourceError, match=r"a broken zip \(Bad magic number"):
+        build_from_source(str(tmp_path / "pack.zip"), tmp_path / "pack")
+
+
 def test_a_link_out_of_a_folder_is_not_followed(tmp_path):
     (tmp_path / "secret.png").write_bytes(encoded(drawing(9, 9, 1), "PNG"))
     (tmp_path / "in").mkdir()
@@ -229,9 +292,6 @@ def test_a_dark_drawing_keeps_its_ground():
 
 
 def lottie():
-    import gzip
-    import json
-
     shape = {
         "ty": "gr",
         "it": [
@@ -310,6 +370,14 @@ def test_messenger_exports(tmp_path):
     for name in ("vector", "video"):
         alpha = pack.image(name).getchannel("A").getextrema()
         assert alpha[0] < 20 and alpha[1] > 235, name
+
+
+def test_a_damaged_vector_sticker_is_a_bad_picture():
+    pytest.importorskip("rlottie_python")
+    data = bytearray(lottie())
+    data[12:40] = bytes(byte ^ 0x5A for byte in data[12:40])
+    with pytest.raises(BadImage, match="broken .tgs"):
+        render_tgs(bytes(data))
 
 
 def test_whatsapp_contents(tmp_path):

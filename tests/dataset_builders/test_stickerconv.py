@@ -18,7 +18,7 @@ from dataset_builders.stickerconv.inputs import SplitCheck
 from dataset_builders.stickerconv.sessions import MINI, SessionError, load_mini
 from dataset_builders.stickerconv.sources import Source, find_sources, read_lines, split_into_shards, split_of_file
 from dataset_builders.stickers import openmoji
-from dataset_builders.stickers.pack import StickerPack
+from dataset_builders.stickers.pack import StickerPack, write_databases
 from pegs.training.dialogues import session_messages
 
 
@@ -141,6 +141,17 @@ def test_a_bad_row_of_a_run_folder_is_named_or_left_out(tmp_path, pack):
     assert {split: part.num_rows for split, part in rows.items()} == {"train": 2}
 
 
+def test_a_pack_that_was_split_again_is_read_again(tmp_path, pack):
+    copy = StickerPack.load(pack)
+    copy.save(tmp_path)
+    options = {"stickers": str(tmp_path), "split": "train+test"}
+    before = load_dataset("stickerconv", "stickers", **options)["database"][:]
+    write_databases(tmp_path, {sticker_id: 11 - number for sticker_id, number in copy.databases.items()})
+    after = load_dataset("stickerconv", "stickers", **options)
+    assert max(before) == 10 and len(before) == len(after)
+    assert dict(zip(after["id"], after["database"], strict=True)) == StickerPack.load(tmp_path).databases
+
+
 def change(session: dict, path: str, value: object) -> dict:
     """`session` with the value at a path like `turns.0.system.text` changed, or left out if it is `...`."""
     session = json.loads(json.dumps(session))
@@ -168,6 +179,7 @@ BAD = {
     json.dumps(change(SESSIONS[1], "turns.0.user.sticker", sticker("no-such"))): "turns.0.user.sticker.id: unknown sticker 'no-such'.",
     json.dumps(change(SESSIONS[1], "split", "test")): "split: database 1 of 10 is not for test.",
     json.dumps(change(SESSIONS[1], "database", 11)): "database: expected 1 to 10, got 11.",
+    json.dumps(change(SESSIONS[1], "generator.seed", 2**63)): "generator.seed: Input should be less than 9223372036854775808.",
     json.dumps(change(SESSIONS[1], "profile.emotion", "Joy")): "profile.emotion: Input should be 'anger', 'disgust'",
     json.dumps(SESSIONS[0]): "session_id: 'mini-01-01' was there before.",
 }  # fmt: skip
@@ -184,6 +196,12 @@ def test_a_bad_row_is_named_and_left_out_only_on_demand(line, said, tmp_path, pa
     assert [text.startswith(f"{file}:3: {said}") for text in bad] == [True]
     assert info.sizes["sessions"]["train"].rows == 2 and info.left_out == 1
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_seed_may_have_64_bits(tmp_path, pack):
+    (tmp_path / "sessions.jsonl").write_text(json.dumps(change(SESSIONS[0], "generator.seed", 2**63 - 1)))
+    build_dataset([tmp_path], tmp_path / "out", stickers=str(pack))
+    assert load_dataset(str(tmp_path / "out"), split="train")[0]["generator"]["seed"] == 2**63 - 1
 
 
 def test_a_sticker_of_another_database_is_refused(tmp_path, pack):

@@ -4,10 +4,16 @@ import json
 
 import pytest
 import yaml
+from datasets import load_dataset
 from huggingface_hub import ModelCard
 
+from dataset_builders.stickerconv.build import build_dataset
+from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.stickers import openmoji
 from dataset_builders.stickers.export import LicenceError
+from hub_cards.cards import CardError
 from hub_cards.checkpoints import CardOptions, KindError, checkpoint_card, kind_of, own_card
+from hub_cards.dataset import describe_dataset
 from hub_cards.licences import hub_licence, licence_fields, require_free
 from hub_cards.push import licences_of, write_card
 from hub_cards.space import write_space
@@ -59,6 +65,42 @@ def test_a_card_that_somebody_wrote_is_kept_and_boilerplate_is_not(checkpoint):
     assert own_card(checkpoint) is None and licences_of(checkpoint, CardOptions()) == {"the model": "apache-2.0"}
     write_card(checkpoint, "", CardOptions())
     assert readme.read_text().count(f"# {checkpoint.name}\n") == 1
+
+
+def test_only_a_card_as_it_was_made_is_made_again(checkpoint, tmp_path):
+    readme = checkpoint / "README.md"
+    for name in ("first", "second"):
+        write_card(checkpoint, f"ines/{name}", CardOptions())
+        assert f'"ines/{name}"' in readme.read_text()
+    readme.write_text(readme.read_text().replace("Made with", "Made by Ines with"))
+    with pytest.raises(CardError, match="README.md: somebody wrote this card"):
+        write_card(checkpoint, "ines/third", CardOptions())
+    write_space(tmp_path / "space", "ines/pegs")
+    write_space(tmp_path / "space", "ines/other")
+    (tmp_path / "space" / "README.md").write_text("Mine.")
+    with pytest.raises(CardError, match="README.md: somebody wrote this card"):
+        write_space(tmp_path / "space", "ines/pegs")
+    assert '"ines/other"' in (tmp_path / "space" / "app.py").read_text()
+
+
+def test_a_datasets_card_that_somebody_changed_is_kept(tmp_path):
+    rows = "\n".join(json.dumps(session.model_dump()) for session in load_mini()[:2])
+    (tmp_path / "sessions.jsonl").write_text(rows)
+    pack = openmoji.build_pack(size=8)
+    pack.save(tmp_path / "pack")
+    folder, readme = tmp_path / "built", tmp_path / "built" / "README.md"
+    build_dataset([tmp_path], folder, stickers=str(tmp_path / "pack"))
+    describe_dataset(folder)
+    write_card(folder, "ines/sc", CardOptions())
+    assert 'load_dataset("ines/sc", "turns"' in readme.read_text()
+    readme.write_text(readme.read_text().replace("# built", "# What Ines built"))
+    before = readme.read_text()
+    describe_dataset(folder)
+    assert readme.read_text() == before
+    (tmp_path / "sessions.jsonl").write_text(rows.split("\n")[0])
+    build_dataset([tmp_path], folder, stickers=str(tmp_path / "pack"))
+    assert "# What Ines built" in readme.read_text()
+    assert load_dataset(str(folder), "sessions", cache_dir=str(tmp_path / "cache"))["train"].num_rows == 1
 
 
 def test_kinds(tmp_path):

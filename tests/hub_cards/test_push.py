@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset_builders.stickerconv.build import build_dataset
 from dataset_builders.stickers import openmoji
 from dataset_builders.stickers.pack import StickerPack
 from tests.fixtures.hub import Hub
@@ -81,6 +82,16 @@ def test_a_pack_goes_up_and_is_read_without_our_code(hub, pack, tmp_path):
     source = StickerPack.load(pack)
     pictures = {sticker.id: hashlib.sha256(source.images[sticker.id]).hexdigest() for sticker in source.stickers}
     assert json.loads(done.stdout.splitlines()[-1]) == [pictures, pictures, source.databases]
+
+
+def test_a_card_that_somebody_wrote_goes_up_as_it_is(hub, pack, tmp_path):
+    built, mine = tmp_path / "built", "---\nlicense: cc-by-sa-4.0\n---\nWritten by Ines."
+    StickerPack.load(pack).save(tmp_path / "pack")
+    build_dataset(["mini"], built, stickers=str(pack))
+    for folder, repo in ((tmp_path / "pack", "tester/own-pack"), (built, "tester/own-dataset")):
+        (folder / "README.md").write_text(mine)
+        run(hub, tmp_path / "up", PUSH.replace("push_sticker_pack as p", "push_folder as p"), folder, repo)
+        assert hub.files("datasets", repo)["README.md"].decode() == mine == (folder / "README.md").read_text()
 
 
 def test_a_push_that_changes_nothing_makes_no_commit_and_keeps_its_tag(hub, pack, tmp_path):

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 from agent_generation.dry import DryLLM
+from agent_generation.run import digest_databases
+from agent_generation.session import Settings
 from dataset_builders.schema import Session
+from pegs.agent_tools import Job, make_profiles, make_sessions, make_writer
+from pegs.assemble import load_pack
+from pegs.errors import InputError
 from tests.fixtures.agents import PROFILE, dry_answer
 from tests.fixtures.llm_server import Server
 
@@ -103,6 +108,9 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_with(server, profiles, tmp_
         json.loads(whole.stdout)["calls"] + 4 >= len(server.bodies) - before - json.loads(whole.stdout)["calls"] > cut
     )
     assert (tmp_path / "run/sessions.jsonl").read_bytes() == (tmp_path / "whole/sessions.jsonl").read_bytes()
+    begun = json.loads((tmp_path / "run/run.json").read_text())
+    assert begun["encoder"] == "all-MiniLM-L6-v2"
+    assert begun["databases"] == digest_databases(load_pack("openmoji").databases)
 
 
 def test_profiles_are_written_from_seeds(server, tmp_path):
@@ -132,6 +140,7 @@ def test_profiles_are_written_from_seeds(server, tmp_path):
         (["--sticker-rate", "often"], "--sticker-rate often: expected stickerconv, mod, line, off, or shares"),
         (["--budget-usd", "3"], "--budget-usd needs --price-in and --price-out"),
         (["--stickers", "nowhere"], "--stickers nowhere"),
+        (["--encoder", "./no/such/encoder"], "--encoder ./no/such/encoder: "),
     ],
 )
 def test_what_does_not_go_together_is_one_line(profiles, tmp_path, args, said):
@@ -152,3 +161,45 @@ def test_a_broken_profile_and_a_wrong_key_are_one_line(profiles, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("pegs: ") and "Incorrect API key" in last
     assert "sk-abcdef" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_profiles_of_another_model_are_its_own(tmp_path):
+    def script(body):
+        rng = random.Random(body["seed"])
+        text = " ".join("".join(rng.choices("bdfgklmnprst", k=4)) for _ in range(25))
+        return json.dumps({"name": "Ada", "persona": f"You are {text}.", "situation": f"You have {text[::-1]}."})
+
+    def write(model):
+        writer = make_writer(server.url, model, (), 4, 0, 0, None, "en")
+        make_profiles(3, tmp_path / "p.jsonl", {"fear": 1.0}, 0, "en", writer)
+        return [body["model"] for body in server.bodies]
+
+    with Server(script) as server:
+        assert write("org/one") == write("org/one") == ["org/one"] * 3
+        assert write("org/two")[3:] == ["org/two"] * 3
+
+
+def test_a_place_where_no_file_can_be_is_told_before_anything_is_asked(server, tmp_path):
+    asked = len(server.bodies)
+    endpoint = ("--llm", server.url, "--model", "m")
+    for args in (("generate", "-n", 3, *endpoint), ("seeds",)):
+        done = pegs("profiles", *args, "--out", tmp_path)
+        assert done.returncode == 2 and f"pegs: {tmp_path}: is a folder; expected a file to write." in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert len(server.bodies) == asked
+
+
+def test_a_cluster_without_ray_is_one_line(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("pegs.agent_tools.find_spec", lambda name: None)
+    writer = make_writer(server.url, "m", (), 4, 0, 0, None, "en")
+    job = Job(1, [PROFILE], "openmoji", "all-MiniLM-L6-v2", Settings(), writer, 0, tmp_path / "run", engine="ray")
+    with pytest.raises(InputError, match=r"--engine ray needs Ray: pip install 'stickerconv\[ray\]'"):
+        make_sessions(job)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_address_that_cannot_be_read_is_told_without_its_password(server, profiles, tmp_path):
+    server_like = type("Like", (), {"url": "http://me:very/secret@host/v1"})
+    done = pegs(*generate(server_like, profiles, tmp_path / "run", "-n", 1))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "secret" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("pegs: the endpoint's address cannot be read")

@@ -26,6 +26,9 @@ def work(tmp_path_factory):
     openmoji.build_pack(size=32).save(folder / "pack")
     (folder / "run").mkdir()
     (folder / "run" / "sessions.jsonl").write_text("\n".join([LINES[0], '{"session_id": 3}', LINES[1]]), "utf-8")
+    for name, file, text in (("broken", "dataset.yaml", "a: ["), ("own", "README.md", "Mine.")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(text)
     built = pegs("dataset", "build", "mini", "--stickers", folder / "pack", "--out", folder / "stickerconv", "--json")
     assert built.returncode == 0, built.stderr
     rows = json.loads(built.stdout)["rows"]
@@ -67,11 +70,15 @@ def test_stats_tell_table_5_and_fill_the_card(work):
         (("dataset", "build", "{tmp}/none", "--out", "{tmp}/x"), "{tmp}/none: no such folder or file."),
         (("dataset", "build", "mini", "--stickers", "{tmp}", "--out", "{tmp}/x"), "{tmp} is not a sticker pack: it has no pack.yaml."),
         (("dataset", "build", "mini", "--out", "{work}/pack"), "{work}/pack: holds something else than a dataset"),
+        (("dataset", "build", "mini", "--stickers", "./typo", "--out", "{tmp}/x"), "typo is not a sticker pack: it has no pack.yaml."),
+        (("dataset", "build", "mini", "--out", "{work}/run/sessions.jsonl/x"), "--out {work}/run/sessions.jsonl/x: {work}/run/sessions.jsonl is a file, not a folder."),
         (("dataset", "stats", "{tmp}"), "{tmp}: no dataset, it has no dataset.yaml"),
         (("dataset", "stats", "{work}/stickerconv", "--tokenizer", "{tmp}"), "--tokenizer {tmp}: "),
         (("dataset", "push", "{work}/pack", "ines/x"), "{work}/pack: no dataset, it has no dataset.yaml"),
         (("dataset", "push", "{work}/stickerconv", "no good/name"), "no good/name"),
         (("push", "{tmp}", "ines/x"), "{tmp}: expected one of dataset.yaml, pack.yaml"),
+        (("push", "{work}/broken", "ines/x"), "{work}/broken/dataset.yaml: not YAML (while parsing a flow node)."),
+        (("card", "{work}/own", "--space", "ines/pegs"), "{work}/own/README.md: somebody wrote this card"),
         (("card", "{work}/pack"), "{work}/pack: the card of a pack is written with it"),
     ],
 )  # fmt: skip
@@ -79,6 +86,14 @@ def test_bad_input_is_one_line(work, tmp_path, args, said):
     done = pegs(*(arg.format(tmp=tmp_path, work=work) for arg in args))
     assert done.returncode == 2 and done.stdout == "", done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and said.format(tmp=tmp_path, work=work) in done.stderr
+
+
+def test_a_push_without_a_network_is_one_line(work, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = pegs("push", work / "pack", "ines/x")
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("pegs: ines/x: ") and "HF_HUB_OFFLINE" in line
 
 
 def test_a_space_is_written(tmp_path):

@@ -84,6 +84,13 @@ def test_split_search_export_and_show(pack, tmp_path):
         (("build", "{tmp}/none", "--out", "{tmp}/x"), "{tmp}/none: no such folder or file"),
         (("search", "hi", "--pack", "{tmp}"), "{tmp} is not a sticker pack: it has no pack.yaml."),
         (("search", "hi", "--pack", "{pack}", "--emotion", "glee"), "--emotion glee: must be one of anger,"),
+        (("search", "hi", "--pack", "{pack}", "--encoder", "{pack}"), "--encoder {pack}: "),
+        (("build", "{pack}", "--out", "{pack}/pack.yaml"), "--out {pack}/pack.yaml: {pack}/pack.yaml is a file, not a folder."),
+        (("build", "openmoji", "--out", "{pack}/pack.yaml/x"), "--out {pack}/pack.yaml/x: {pack}/pack.yaml is a file, not a folder."),
+        (("show", "--stickers", "{pack}", "--out", "{tmp}/sheet"), "--out {tmp}/sheet: expected a PNG file"),
+        (("show", "--stickers", "{pack}", "--out", "{tmp}/none/sheet.png"), "--out {tmp}/none/sheet.png: expected a PNG file"),
+        (("show", "--stickers", "../typo", "--out", "{tmp}/x.png"), "--stickers ../typo: ../typo is not a sticker pack"),
+        (("show", "--stickers", "a--b/c", "--out", "{tmp}/x.png"), "--stickers a--b/c: Cannot have -- or .. in repo_id"),
         (("split", "--pack", "{pack}", "--databases", "0"), "--databases 0: must be from 1 to"),
         (("annotate", "--pack", "{pack}", "--llm", "http://127.0.0.1:9/v1"), "--model is needed with --llm"),
         (("annotate", "--pack", "{pack}", "--llm", "http://127.0.0.1:9/v1", "--model", "m", "--budget-usd", "1"), "--budget-usd needs --price-in"),
@@ -92,7 +99,7 @@ def test_split_search_export_and_show(pack, tmp_path):
 def test_bad_input_is_one_line(pack, tmp_path, args, said):
     done = stickers(*(arg.format(tmp=tmp_path, pack=pack) for arg in args))
     assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1 and said.format(tmp=tmp_path) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and said.format(tmp=tmp_path, pack=pack) in done.stderr
 
 
 def test_a_closed_licence_needs_a_word(pack, tmp_path):
