@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
@@ -147,20 +148,21 @@ def load_pipeline(
         processor = AutoProcessor.from_pretrained(folder)
         if variant is not None:
             pegs.config.check_variant(variant)
-    except (OSError, ValueError, KeyError) as error:
+        decoder = None
+        if variant != "ret" and (folder / "model_index.json").is_file():
+            decoder = StickerPipeline.from_pretrained(folder, dtype=torch.float32)
+            decoder.set_progress_bar_config(disable=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"--model {model}: {' '.join(str(error).split())}") from error
     if not isinstance(pegs, PegsModel):
         raise InputError(f"--model {model}: holds a {type(pegs).__name__}, not a PegsModel.")
     pegs.merge()
-    decoder = None
-    if variant != "ret" and (folder / "model_index.json").is_file():
-        decoder = StickerPipeline.from_pretrained(folder, dtype=torch.float32)
-        decoder.set_progress_bar_config(disable=True)
     if variant in ("gen", "rag") and decoder is None:
         raise InputError(
             f"--model {model}: has no model_index.json of a sticker decoder, which --variant {variant} needs."
         )
-    embeds = embed_pack(pegs, processor, pack)
+    retrieves = pegs.config.num_retrieval_tokens > 0
+    embeds = embed_pack(pegs, processor, pack) if retrieves else torch.zeros(len(pack.stickers), 0)
     try:
         return PegsPipeline(pegs, processor, pack, embeds, decoder, caption_encoder(decoder))
     except ValueError as error:

@@ -1,0 +1,35 @@
+"""Checkpoints as they may come from elsewhere."""
+
+import pytest
+
+from pegs.assemble import load_pipeline
+from pegs.errors import InputError
+from tests.fixtures import tiny
+
+
+@pytest.fixture
+def drawing_only(tmp_path):
+    model = tiny.make_tiny_model(variant="gen", num_retrieval_tokens=0)
+    tiny.make_tiny_decoder().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    tiny.make_tiny_processor(model.config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_model_that_only_draws_can_be_loaded(drawing_only):
+    pipeline = load_pipeline(drawing_only)
+    assert pipeline.selector is None
+    settings = {"max_new_tokens": 3, "forced_eos_token_id": tiny.EOS, "sticker_bias": float("inf"), "size": 32}
+    reply = pipeline(tiny.dialogue(), variant="gen", num_inference_steps=2, **settings)
+    assert reply.sticker is not None and reply.sticker_id is None
+    with pytest.raises(InputError, match="needs `num_retrieval_tokens` > 0"):
+        load_pipeline(drawing_only, variant="ret")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_truncated_checkpoint_is_one_line(drawing_only, name):
+    file = drawing_only / name
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError) as caught:
+        load_pipeline(drawing_only)
+    assert str(caught.value).startswith(f"--model {drawing_only}: ") and "\n" not in str(caught.value)
