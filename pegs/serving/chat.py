@@ -138,15 +138,14 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         return parts
 
     def undo(history: list[dict], shown: list[dict]):
-        """Take the last exchange back, or the message whose reply is under way, and put its text into the box."""
-        first = max((i for i, item in enumerate(shown) if item["role"] == "user"), default=None)
-        if first is None:
+        """Take the last exchange back and put its text into the box."""
+        if not history:
             return shown, history, ""
-        while first and shown[first - 1]["role"] == "user":
-            first -= 1
-        text = next((part["text"] for part in shown[first]["content"] if part["type"] == "text"), "")
-        was_answered = shown[-1]["role"] != "user"
-        return shown[:first], history[:-2] if was_answered else history, text
+        last_user = max(i for i, item in enumerate(shown) if item["role"] == "user")
+        while last_user and shown[last_user - 1]["role"] == "user":
+            last_user -= 1
+        text = next((part["text"] for part in history[-2]["message"]["content"] if part["type"] == "text"), "")
+        return shown[:last_user], history[:-2], text
 
     with gr.Blocks(title="PEGS: words and stickers") as page:
         history = gr.State([])
@@ -199,11 +198,9 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         gallery.select(pick, shelf, picked)
         inputs = [box, upload, picked, history, kind, rate, seed, chatbot]
         outputs = [chatbot, history, box, upload, picked]
-        sending = gr.on(
-            [box.submit, button.click], send, inputs, outputs
-        )  # one event, so that only one message is under way
-        undo_button.click(undo, [history, chatbot], [chatbot, history, box], cancels=sending)
-        clear_button.click(lambda: ([], [], "", None, None), None, outputs, cancels=sending)
+        gr.on([box.submit, button.click], send, inputs, outputs)  # one event, so that only one message is under way
+        undo_button.click(undo, [history, chatbot], [chatbot, history, box])
+        clear_button.click(lambda: ([], [], "", None, None), None, outputs)
     return page
 
 

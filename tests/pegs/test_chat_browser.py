@@ -124,18 +124,5 @@ def test_what_is_typed_while_a_reply_is_under_way_stays(page):
     assert page.input_value("#box textarea") == "and it is ra"
 
 
-@pytest.mark.parametrize(("button", "text"), [("Clear", ""), ("Undo", "never mind this")])
-def test_a_message_whose_reply_is_under_way_can_be_taken_back(page, button, text):
-    send(page, "never mind this")
-    page.wait_for_selector("#chat .user.message")
-    page.get_by_role("button", name=button).click()
-    page.wait_for_function("document.querySelectorAll('#chat .message').length === 0")
-    assert page.input_value("#box textarea") == text
-    send(page, "hello")
-    wait_for_reply(page, 1)
-    page.wait_for_timeout(500)
-    assert page.locator("#chat .user.message").count() == page.locator("#chat .bot.message").count() == 1
-
-
 def test_the_attribution_is_shown(page):
     assert "CC BY-SA 4.0" in page.locator("#attribution").inner_text()
