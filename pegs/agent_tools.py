@@ -50,6 +50,7 @@ from dataset_builders.stickers.pack import StickerPack
 from dataset_builders.stickers.search import digest_texts, open_search
 from pegs.adapters import EMBEDDED, load_language_model
 from pegs.assemble import CHECKPOINTS, DEFAULT_MODEL, find_pack, load_pack
+from pegs.encoder import load_encoder
 from pegs.errors import InputError
 from pegs.sticker_tools import journal_of
 
@@ -199,22 +200,6 @@ def parse_shares(text: str) -> dict[Emotion, float]:
         return shares
     except ValueError as error:
         raise InputError(f"--emotions {text}: {error}; expected for example sadness=3,fear=2,happiness=1.") from error
-
-
-def load_encoder(name: str) -> TextEncoder:
-    """
-    The sentence encoder, loaded.
-
-    Raises:
-        InputError: If there is none of that name.
-
-    """
-    encoder = TextEncoder(name)
-    try:
-        _ = encoder.model
-    except (OSError, ValueError) as error:
-        raise InputError(f"--encoder {name}: {str(error).splitlines()[0]}") from error
-    return encoder
 
 
 def load_toolbox(stickers: str, encoder: TextEncoder) -> tuple[Toolbox, StickerPack]:

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from dataset_builders.schema import Sticker
@@ -20,6 +20,7 @@ from dataset_builders.stickers.openmoji import cached_folder
 from dataset_builders.stickers.pack import PackError, StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from pegs.errors import InputError
+from pegs.training.cache import digest, write_tensors
 from pipelines.pipeline_pegs import PegsPipeline
 from pipelines.pipeline_sticker import StickerPipeline
 
@@ -103,23 +104,15 @@ def embed_pictures(
 
 def picture_key(model: PegsModel, stickers: list[Sticker]) -> str:
     """What the pictures' vectors depend on: the pixels, and the weights of vision tower and image projection."""
-    key = hashlib.sha256()
-    for part in (model.vision_model, model.retrieval_head.image_projection):
-        for tensor in part.state_dict().values():
-            key.update(tensor.float().cpu().numpy().tobytes())
-    for sticker in stickers:
-        key.update(sticker.sha256.encode())
-    return key.hexdigest()
+    parts = (model.vision_model, model.retrieval_head.image_projection)
+    return digest([part.state_dict() for part in parts], [sticker.sha256 for sticker in stickers])
 
 
 def _cached(key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
     file = Path(HF_HOME) / "stickerconv" / "vectors" / f"{name}.safetensors"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        save_file({"embeddings": compute()}, partial)
-        partial.replace(file)
+        write_tensors(file, {"embeddings": compute()})
     return load_file(file)["embeddings"]
 
 

@@ -212,7 +212,7 @@ def stickers_search(
     """Find stickers by what is said of them."""
     from dataset_builders.schema import EMOTIONS
     from dataset_builders.stickers.search import open_search
-    from pegs.agent_tools import load_encoder
+    from pegs.encoder import load_encoder
 
     if emotion and emotion not in EMOTIONS:
         raise InputError(f"--emotion {emotion}: must be one of {', '.join(EMOTIONS)}.")

@@ -277,6 +277,14 @@ class PegsPipeline:
                 raise ValueError(f"The last message has {length} tokens, and the model can read {room}.")
             messages = messages[2:]
 
+    def serves(self, variant: str) -> bool:
+        """Whether this model, with or without a decoder, can act as `variant`."""
+        try:
+            self.check_inputs(variant, None, 1)
+        except ValueError:
+            return False
+        return True
+
     def check_inputs(self, variant: str, condition: str | None, num_neighbours: int) -> str:
         """
         Check the arguments of a call before anything is computed, and tell what is drawn from.
@@ -311,15 +319,11 @@ class PegsPipeline:
         num_candidates: int | None = None,
     ) -> list[Candidate]:
         """What each candidate is drawn from; see [`PegsPipeline.__call__`]."""
+        kinds = ("generation", "caption") if condition == "mixed" else (condition,)
         planned = []
         for number in range(num_candidates or self.decoder.config.default_num_candidates):
-            kind, first = condition, 0
-            if condition == "mixed":
-                kind = ("generation", "caption")[number % 2]
-            if not retrieved:
-                kind = "generation"
-            elif kind == "caption":
-                first = (number // 2 if condition == "mixed" else number) % len(retrieved)
+            kind = kinds[number % len(kinds)] if retrieved else "generation"
+            first = number // len(kinds) % len(retrieved) if kind == "caption" else 0
             planned.append(Candidate(kind, tuple(retrieved[first : first + num_neighbours])))
         return planned
 

@@ -316,7 +316,8 @@ class PegsGenerationMixin:
             kwargs["past_key_values"] = past_key_values
             new_pixel_values = self._drop_pixel_values(input_ids, pixel_values, int(past_key_values.get_seq_length()))
         if drafts > 1:
-            self._read_prompt(input_ids, attention_mask, new_pixel_values, past_key_values)
+            if past_key_values.get_seq_length() < prompt_length - 1:  # the last token is read by each draft
+                self._read(input_ids[:, :-1], attention_mask[:, :-1], new_pixel_values, past_key_values)
             past_key_values.batch_repeat_interleave(drafts)
             new_pixel_values, kwargs["num_return_sequences"] = None, drafts
         output = super().generate(
@@ -363,25 +364,24 @@ class PegsGenerationMixin:
             streamer.on_sticker(result)
         return result if return_dict_in_generate else result.sequences
 
-    def _read_prompt(
+    def _read(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         pixel_values: torch.Tensor | None,
         cache: Cache,
-    ) -> None:
-        """Let `cache` hold prompts `(B, T)` but for their last token; `pixel_values` are those that it does not hold yet."""
-        unread = slice(int(cache.get_seq_length()), input_ids.shape[1] - 1)
-        if unread.start < unread.stop:
-            self(
-                input_ids=input_ids[:, unread],
-                attention_mask=attention_mask[:, :-1],
-                position_ids=(attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, unread],
-                pixel_values=pixel_values,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+    ) -> ModelOutput:
+        """Output for what `cache` does not hold of sequences `(B, T)` yet, and it holds them then; `pixel_values` are of that part."""
+        read = int(cache.get_seq_length())
+        return self(
+            input_ids=input_ids[:, read:],
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, read:],
+            pixel_values=pixel_values,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
     def _read_again(
         self,
@@ -392,15 +392,7 @@ class PegsGenerationMixin:
         stop_ids: list[int],
     ) -> tuple[Cache, torch.Tensor]:
         """Cache of finished sequences `(B, T)`, and the log-odds `(B,)` of a sticker behind the text that ends at `ends`."""
-        output = self(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(dim=-1) - 1).clamp(min=0),
-            pixel_values=pixel_values,
-            past_key_values=DynamicCache(config=self.config.text_config),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        output = self._read(input_ids, attention_mask, pixel_values, DynamicCache(config=self.config.text_config))
         rows = torch.arange(len(ends), device=ends.device)
         at_end = output.last_hidden_state[rows, (ends - 1).clamp(max=input_ids.shape[1] - 1)]
         return output.past_key_values, sticker_odds(self.score(at_end), self.config.img_token_ids[0], stop_ids)

@@ -50,10 +50,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
     settings = pipeline.model.generation_config
     usual = getattr(settings, "sticker_rate", None) if sticker_rate is None else sticker_rate
     has_slider = getattr(settings, "sticker_logit_quantiles", None) is not None and isinstance(usual, int | float)
-    retrieves = pipeline.model.config.num_retrieval_tokens > 0
-    draws = pipeline.decoder is not None and pipeline.model.config.num_generation_tokens > 0
-    able = {"ret": retrieves, "gen": draws, "rag": retrieves and draws}
-    choices = [(label, name) for label, name in VARIANTS if able[name]]
+    choices = [(label, name) for label, name in VARIANTS if pipeline.serves(name)]
 
     def send(
         text: str,
@@ -168,7 +165,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
                 gr.Examples(EXAMPLES, box, label="Try")
                 gr.Markdown(f"Stickers: {pack.info.attribution}", elem_id="attribution")
             with gr.Column(scale=1, min_width=280):
-                kind = gr.Radio(choices, value=variant if able[variant] else choices[0][1], label="Sticker")
+                kind = gr.Radio(choices, value=variant if pipeline.serves(variant) else choices[0][1], label="Sticker")
                 rate = gr.Slider(
                     0, 1, value=usual if has_slider else 0, step=0.05, label="How often a sticker comes", visible=has_slider, elem_id="rate"
                 )  # fmt: skip

@@ -45,11 +45,16 @@ def kept(file: Path, key: str, compute: Callable[[], dict[str, torch.Tensor]]) -
                 return load_file(file)
         logger.info("%s is of other weights or data, and is made anew", file)
     tensors = compute()
+    write_tensors(file, tensors, key)
+    return tensors
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], key: str = "") -> None:
+    """Write a safetensors file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
     save_file(tensors, partial, metadata={"key": key})
     partial.replace(file)
-    return tensors
 
 
 def without_pictures(dialogues: list[list[dict]]) -> list[list[dict]]:

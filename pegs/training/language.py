@@ -378,7 +378,7 @@ def make_collator(
     elif args.data != "texts":
         vision = VisionFeatures(pack, model, processor)
         targets = StickerTargets({sticker.id: sticker.caption for sticker in sendable(pack)}, encode, vision)
-    if any(p.requires_grad for p in model.vision_model.parameters()):
+    if learns_to_see(model):
         vision = None
     roles = ("user", "assistant") if args.data == "texts" else ("assistant",)
     options: dict[str, Any] = {"vision": vision, "negatives": args.negatives, "packed": args.packed}
@@ -443,6 +443,11 @@ def keep_what_learns(model: PegsModel) -> None:
         model.config.vision_source = {**model.config.vision_source, "parts": frozen} if frozen else None
 
 
+def learns_to_see(model: PegsModel) -> bool:
+    """Whether the vision tower changes, so that none of its features can be kept."""
+    return any(parameter.requires_grad for parameter in model.vision_model.parameters())
+
+
 def learns_retrieval(model: PegsModel) -> bool:
     """Whether InfoNCE is part of the model's loss."""
     return bool(model.config.num_retrieval_tokens and model.config.retrieval_loss_weight)
@@ -457,7 +462,7 @@ def sample_replies(args: LanguageArguments, processor: PegsProcessor, pack: Stic
         if model.config.retrieval_text_encoder:
             return embed_pack(model, processor, pack)
         ids = [sticker.id for sticker in pack.stickers]
-        if any(parameter.requires_grad for parameter in model.vision_model.parameters()):
+        if learns_to_see(model):
             features = compute_vision(pack, ids, model, processor)["pooled"]  # of today; no use keeping them
         else:
             features = VisionFeatures(pack, model, processor).pooled(ids)

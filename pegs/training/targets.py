@@ -1,18 +1,16 @@
 """What the output heads are trained towards, and what frozen parts see: caption states (eq. 9) and vision features (eq. 5) of the stickers."""
 
-import hashlib
 import logging
-import os
 from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
+from pegs.training.cache import digest, write_tensors
 from pegs.training.text_states import encode_captions
 
 
@@ -69,11 +67,8 @@ class VisionFeatures:
         self.rows = {sticker.id: row for row, sticker in enumerate(pack.stickers)}
         self.file = Path(HF_HOME) / "stickerconv" / "vision" / f"{vision_key(pack, model, processor)}.safetensors"
         if not self.file.is_file():
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             logger.info("vision features of %d stickers, once, into %s", len(self.rows), self.file)
-            partial = self.file.with_suffix(f".{os.getpid()}")
-            save_file(compute_vision(pack, list(self.rows), model, processor), partial)
-            partial.replace(self.file)
+            write_tensors(self.file, compute_vision(pack, list(self.rows), model, processor))
 
     def states(self, ids: list[str]) -> torch.Tensor:
         """Vision states `(len(ids), P, p)`."""
@@ -91,12 +86,8 @@ class VisionFeatures:
 
 def vision_key(pack: StickerPack, model: PegsModel, processor: PegsProcessor) -> str:
     """What vision features depend on: the tower's weights, how pictures are prepared, and the pictures."""
-    key = hashlib.sha256(processor.image_processor.to_json_string().encode())
-    for tensor in model.vision_model.state_dict().values():
-        key.update(tensor.float().cpu().numpy().tobytes())
-    for sticker in pack.stickers:
-        key.update(f"{sticker.id} {sticker.sha256}".encode())
-    return key.hexdigest()[:24]
+    pictures = [(sticker.id, sticker.sha256) for sticker in pack.stickers]
+    return digest(processor.image_processor.to_json_string(), model.vision_model.state_dict(), pictures)
 
 
 @torch.no_grad()
