@@ -12,16 +12,10 @@ import llguidance.torch
 import numpy as np
 import torch
 from llguidance import LLMatcher
-from transformers import (
-    BatchEncoding,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agent_generation.llm import ROLES, Reply, Request, RoleSettings, schema_of
+from agent_generation.prefix_cache import PrefixCache
 
 
 MESSAGE = r"[^\n\[\]{}<>*#|]{1,240}[.!?…。！？]"  # free text: one line of plain text that ends where a sentence does
@@ -29,80 +23,81 @@ TOP_K, TOP_P = 256, 0.9
 REPEAT = 4  # tokens in a row that a message shares with nothing said before: small models go round in circles
 
 
-class RowSampler(LogitsProcessor):
+@dataclass
+class Row:
     """
-    Makes greedy search sample, each row with its own temperature, seed, grammar and length, whatever rows are beside it.
+    An answer that is being drawn, with its own temperature, seed, grammar and length, whatever rows are beside it.
 
     Args:
-        matchers (`Sequence[LLMatcher]`): A grammar a row.
-        said_from (`Sequence[int | None]`): Where a row's chat begins, of which it must repeat nothing; `None` if it may.
-        temperatures (`Sequence[float]`): 0 takes the likeliest token.
-        limits (`Sequence[int]`): Most tokens of a row.
-        seeds (`Sequence[int]`): For the rows' draws.
-        eos_token_id (`int`): Ends a row.
-        vocab_size (`int`): Of the grammars' tokenizer.
+        matcher (`LLMatcher`): Its grammar.
+        said (`list[int]`, *optional*): Tokens of the chat, of which it must repeat nothing; `None` if it may repeat all.
+        temperature (`float`): 0 takes the likeliest token.
+        limit (`int`): Most tokens.
+        rng (`np.random.Generator`): For its draws.
+        eos (`int`): Token that ends it.
 
     """
 
-    def __init__(
-        self,
-        matchers: Sequence[LLMatcher],
-        said_from: Sequence[int | None],
-        temperatures: Sequence[float],
-        limits: Sequence[int],
-        seeds: Sequence[int],
-        eos_token_id: int,
-        vocab_size: int,
-    ) -> None:
-        self.vocab_size, self.said_from = vocab_size, said_from
-        self.matchers, self.temperatures, self.limits, self.eos = matchers, temperatures, limits, eos_token_id
-        self.rngs = [np.random.default_rng(seed) for seed in seeds]
-        self.done = [False] * len(matchers)
-        self.drawn: list[list[float]] = [[] for _ in matchers]  # log-probabilities of the rows' tokens
-        self.step = 0
+    matcher: LLMatcher
+    said: list[int] | None
+    temperature: float
+    limit: int
+    rng: np.random.Generator
+    eos: int
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    done: bool = False
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Scores `(B, V)` whose largest is each row's draw."""
-        last = input_ids[:, -1].tolist()
-        mask = llguidance.torch.allocate_token_bitmask(1, self.vocab_size)
-        totals = scores.float().logsumexp(-1)
-        drawn = torch.full_like(scores, float("-inf"))
-        for row, matcher in enumerate(self.matchers):
-            if self.step and not self.done[row]:
-                self.done[row] = last[row] == self.eos or not matcher.consume_token(last[row])
-            if self.done[row] or matcher.is_stopped() or self.step >= self.limits[row]:
-                drawn[row, self.eos] = 0
-                continue
-            llguidance.torch.fill_next_token_bitmask(matcher, mask)
-            allowed = np.unpackbits(mask[0].numpy().view(np.uint8), bitorder="little")[: scores.shape[1]]
-            if (start := self.said_from[row]) is not None:
-                allowed[self._repeating(input_ids[row, start:])] = 0
-            token = self._draw(row, scores[row].float().numpy(), np.flatnonzero(allowed))
-            self.drawn[row].append(float(scores[row, token] - totals[row]))
-            drawn[row, token] = 0
-        self.step += 1
-        return drawn
+    @property
+    def complete(self) -> bool:
+        """Whether it ended by itself."""
+        return len(self.tokens) < self.limit or self.matcher.is_accepting()
 
-    def _repeating(self, ids: torch.Tensor) -> np.ndarray:
+    def draw(self, logits: np.ndarray, total: float, mask: torch.Tensor) -> None:
+        """
+        Draw the next token.
+
+        Args:
+            logits (`np.ndarray` of shape `(V,)`): The model's.
+            total (`float`): Their log-sum-exp.
+            mask (`torch.Tensor`): A token bitmask of llguidance, to write into.
+
+        """
+        llguidance.torch.fill_next_token_bitmask(self.matcher, mask)
+        allowed = np.unpackbits(mask[0].numpy().view(np.uint8), bitorder="little")[: len(logits)]
+        if self.said is not None:
+            allowed[self._repeating()] = 0
+        token = self._choose(logits, np.flatnonzero(allowed))
+        self.tokens.append(token)
+        self.log_probs.append(float(logits[token]) - total)
+        self.done = (
+            token == self.eos
+            or not self.matcher.consume_token(token)
+            or self.matcher.is_stopped()
+            or len(self.tokens) == self.limit
+        )
+
+    def _repeating(self) -> np.ndarray:
         """Tokens that would repeat `REPEAT` tokens; not the end."""
+        ids = np.array([*(self.said or ()), *self.tokens])
         if len(ids) < REPEAT:
             return np.array([], int)
-        runs = np.lib.stride_tricks.sliding_window_view(ids.cpu().numpy(), REPEAT)
+        runs = np.lib.stride_tricks.sliding_window_view(ids, REPEAT)
         tokens = runs[(runs[:, :-1] == runs[-1, 1:]).all(1), -1]
         return tokens[tokens != self.eos]
 
-    def _draw(self, row: int, logits: np.ndarray, allowed: np.ndarray) -> int:
+    def _choose(self, logits: np.ndarray, allowed: np.ndarray) -> int:
         if not len(allowed):
             return self.eos
-        logits, temperature = logits[allowed], self.temperatures[row]
-        if temperature == 0:
+        logits = logits[allowed]
+        if self.temperature == 0:
             return int(allowed[logits.argmax()])
         likely = np.argpartition(-logits, min(TOP_K, len(logits)) - 1)[:TOP_K]
         likely = likely[np.argsort(-logits[likely], kind="stable")]
-        p = np.exp((logits[likely] - logits[likely[0]]) / temperature)
+        p = np.exp((logits[likely] - logits[likely[0]]) / self.temperature)
         total = (p / p.sum()).cumsum()
         kept = min(int(np.searchsorted(total, TOP_P)) + 1, len(total))
-        place = np.searchsorted(total[:kept], self.rngs[row].random() * total[kept - 1])
+        place = np.searchsorted(total[:kept], self.rng.random() * total[kept - 1])
         return int(allowed[likely[min(place, kept - 1)]])
 
 
@@ -119,7 +114,7 @@ class TransformersLLM:
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
         name (`str`): What replies name it.
         roles (`Mapping[str, RoleSettings]`, *optional*): Settings by role; `model` is not heeded.
-        batch_size (`int`, *optional*, defaults to 16): Rows of a batch.
+        batch_size (`int`, *optional*, defaults to 32): Rows of a batch.
         drafts (`int`, *optional*, defaults to 1): Rows of a message.
 
     """
@@ -128,7 +123,7 @@ class TransformersLLM:
     tokenizer: PreTrainedTokenizerBase
     name: str
     roles: Mapping[str, RoleSettings] = field(default_factory=lambda: ROLES)
-    batch_size: int = 16
+    batch_size: int = 32
     drafts: int = 1
 
     def __post_init__(self) -> None:
@@ -136,6 +131,7 @@ class TransformersLLM:
         self.waiting: list[tuple[Request, int, asyncio.Future]] = []
         self.worker: asyncio.Task | None = None
         self.thread = ThreadPoolExecutor(1)
+        self.prefixes = PrefixCache(self.model)
 
     @cached_property
     def grammar_tokenizer(self) -> llguidance.LLTokenizer:
@@ -204,90 +200,66 @@ class TransformersLLM:
             `list[Reply]`: In the same order.
 
         """
-        rows, seeds = [], []  # of each row: which request, and its draws
+        rows: list[Row] = []
+        prompt_of: list[int] = []
+        prompts = [self._tokens(request.messages) for request, _ in batch]
         for n, (request, seed) in enumerate(batch):
+            settings, said = self.roles[request.role], self._said(request, prompts[n])
             for draft in range(1 if request.answer else self.drafts):
-                rows.append(n)
-                seeds.append(seed + draft)
-        inputs = self._tokens([request.messages for request, _ in batch]).to(self.model.device)
-        settings = [self.roles[request.role] for request, _ in batch]
-        said_from = [
-            self._said_from(request, mask) for (request, _), mask in zip(batch, inputs["attention_mask"], strict=True)
-        ]
-        eos = self.tokenizer.eos_token_id
-        sampler = RowSampler(
-            [self._matcher(batch[n][0]) for n in rows],
-            [said_from[n] for n in rows],
-            [settings[n].temperature_for(batch[n][1]) for n in rows],
-            [settings[n].max_tokens for n in rows],
-            seeds,
-            eos,
-            self.grammar_tokenizer.vocab_size,
-        )
-        most = max(setting.max_tokens for setting in settings) + 1
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=most, eos_token_id=eos, pad_token_id=self.tokenizer.pad_token_id
-        )
-        output = self.model.generate(  # type: ignore[operator]
-            **{name: values[rows] for name, values in inputs.items()},
-            past_key_values=self._read(inputs, rows),
-            generation_config=config,
-            logits_processor=[sampler],
-        )
-        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+                rng, temperature = np.random.default_rng(seed + draft), settings.temperature_for(seed)
+                eos = self.tokenizer.eos_token_id
+                rows.append(Row(self._matcher(request), said, temperature, settings.max_tokens, rng, eos))
+                prompt_of.append(n)
+        self._draw(rows, prompts, prompt_of)
         replies = []
-        for n, setting in enumerate(settings):
-            drafts = [row for row in range(len(rows)) if rows[row] == n]
-            whole = {row: self._is_whole(sampler, row, setting.max_tokens) for row in drafts}
-            best = max(drafts, key=lambda row: (whole[row], np.mean(sampler.drawn[row])))  # noqa: B023
-            tokens = answers[best][: len(sampler.drawn[best])]
+        for n, prompt in enumerate(prompts):
+            drafts = [row for row, of in zip(rows, prompt_of, strict=True) if of == n]
+            best = max(drafts, key=lambda row: (row.complete, np.mean(row.log_probs)))
             replies.append(
                 Reply(
-                    text=str(self.tokenizer.decode(tokens, skip_special_tokens=True)),
+                    text=str(self.tokenizer.decode(best.tokens, skip_special_tokens=True)),
                     model=self.name,
-                    prompt_tokens=int(inputs["attention_mask"][n].sum()),
-                    completion_tokens=sum(len(sampler.drawn[row]) for row in drafts),
-                    complete=whole[best],
+                    prompt_tokens=len(prompt),
+                    completion_tokens=sum(len(row.tokens) for row in drafts),
+                    complete=best.complete,
                 )
             )
         return replies
 
-    def _is_whole(self, sampler: RowSampler, row: int, limit: int) -> bool:
-        """Whether a row ended by itself."""
-        return len(sampler.drawn[row]) < limit or sampler.matchers[row].is_accepting()
+    def _draw(self, rows: Sequence[Row], prompts: Sequence[list[int]], prompt_of: Sequence[int]) -> None:
+        """Draw rows to their ends; those that are done are left out as soon as they are a quarter."""
+        ids, mask, cache = self.prefixes.read(prompts, prompt_of, max(row.limit for row in rows))
+        live = list(rows)
+        bitmask = llguidance.torch.allocate_token_bitmask(1, self.grammar_tokenizer.vocab_size)
+        while True:
+            places = mask.sum(-1, keepdim=True) - 1
+            output = self.model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+            logits = output.logits[:, -1].float().cpu()
+            totals = logits.logsumexp(-1).tolist()
+            for row, scores, total in zip(live, logits.numpy(), totals, strict=True):
+                if not row.done:
+                    row.draw(scores, total, bitmask)
+            going = [n for n, row in enumerate(live) if not row.done]
+            if not going:
+                return
+            if len(going) <= 0.75 * len(live):
+                live, mask = [live[n] for n in going], mask[going]
+                cache.batch_select_indices(torch.tensor(going, device=mask.device))
+            ids = torch.tensor([row.tokens[-1:] for row in live], device=mask.device)
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
 
-    def _tokens(self, chats: Sequence[Sequence[dict]], ask: bool = True) -> BatchEncoding:
-        """Chats as the model reads them, padded at the left; what they quote cannot open or close a message."""
+    def _tokens(self, chat: Sequence[dict], ask: bool = True) -> list[int]:
+        """A chat as the model reads it; what it quotes cannot open or close a message."""
         return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-            [list(chat) for chat in chats],
-            add_generation_prompt=ask,
-            sanitize_control_tokens=True,
-            return_tensors="pt",
-            padding=True,
-            return_dict=True,
-            tokenizer_kwargs={"padding_side": "left"},
+            list(chat), add_generation_prompt=ask, sanitize_control_tokens=True, return_dict=False
         )
 
-    def _said_from(self, request: Request, mask: torch.Tensor) -> int | None:
-        """The column of a padded prompt where the chat begins, after who the agent is: that it may say again."""
+    def _said(self, request: Request, prompt: list[int]) -> list[int] | None:
+        """What follows in a prompt on who the agent is: that it may say again."""
         if request.answer:
             return None
         who = [message for message in request.messages[:1] if message["role"] == "system"]
-        return int((mask == 0).sum()) + (self._tokens([who], ask=False)["input_ids"].shape[1] if who else 0)
-
-    def _read(self, inputs: BatchEncoding, rows: Sequence[int]) -> DynamicCache:
-        """The cache of prompts that were read once each, but for their last token, with as many rows as drafts."""
-        mask = inputs["attention_mask"][:, :-1]
-        cache = DynamicCache(config=self.model.config)
-        self.model(
-            input_ids=inputs["input_ids"][:, :-1],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-        cache.batch_select_indices(torch.tensor(rows, device=mask.device))
-        return cache
+        return prompt[len(self._tokens(who, ask=False)) if who else 0 :]
 
     def _matcher(self, request: Request) -> LLMatcher:
         if request.answer is None:

@@ -482,7 +482,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             images = self.retrieval_head.embed_image(retrieval_features)
         if labels is None:
             kept = (
-                hidden_states[:, -logits_to_keep:]
+                hidden_states[:, -logits_to_keep:].contiguous()  # or the head is copied for each row
                 if isinstance(logits_to_keep, int)
                 else hidden_states[:, logits_to_keep]
             )

@@ -25,7 +25,7 @@ from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import sent_stickers
 from pegs.training.generation import below_the_heads
-from pegs.training.language import sendable, training_dialogues
+from pegs.training.language import opener_dialogues, sendable, training_dialogues
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.stages import ConfigError
 from pegs.training.targets import VisionFeatures
@@ -43,10 +43,12 @@ class AlignArguments(LoopArguments):
         init_from (`str`): Checkpoint that the stage starts from, which is the reference too.
         stickers (`str`): Annotated sticker pack, by name, folder or Hub id.
         sessions (`str`): JSON Lines file of the sessions; StickerConv-mini if empty.
-        openers (`bool`): Whether the openers' decisions are learned beside the sessions'.
+        openers (`bool`): Whether the openers teach, beside the sessions, which sticker to send; when to send one is learned from the sessions alone, whose rate the
+            openers do not share.
         max_length (`int`): Longest dialogue in tokens; a longer one loses its oldest turns.
         beta (`float`): How much the reference weighs.
-        noise (`float`): Standard deviation of the noise on the hidden states, relative to theirs.
+        noise (`float`): Standard deviation of the noise on the hidden states that choose a sticker, relative to theirs: it keeps the choice from learning the
+            training sessions by heart. The decision when, with a row's few numbers, learns more without.
 
     """
 
@@ -225,12 +227,18 @@ def train_align(args: AlignArguments) -> None:
     if not model.config.num_retrieval_tokens:
         raise ConfigError(f"{args.init_from} has no retrieval tokens")
     pack = load_pack(args.stickers)
-    dialogues = training_dialogues(args.sessions, args.openers, pack)
-    states = kept(
-        Path(args.output_dir) / "state" / "decisions.safetensors",
-        digest(below_the_heads(model), without_pictures(dialogues), [s.id for s in pack.stickers], args.max_length),
-        lambda: decision_states(model, processor, pack, dialogues, args.max_length),
-    )
+    dialogues = {"sessions": training_dialogues(args.sessions, False, pack)}
+    if args.openers:
+        dialogues["openers"] = opener_dialogues(pack)
+    found = [
+        kept(
+            Path(args.output_dir) / "state" / f"{name}.safetensors",
+            digest(below_the_heads(model), without_pictures(part), [s.id for s in pack.stickers], args.max_length),
+            lambda part=part: decision_states(model, processor, pack, part, args.max_length),
+        )
+        for name, part in dialogues.items()
+    ]
+    states = found[0] | {name: torch.cat([part[name] for part in found]) for name in ("spans", "gold")}
     logger.info("%d decisions, %d stickers sent", len(states["ends"]), len(states["spans"]))
     allowed = {sticker.id for sticker in sendable(pack)}
     rows = torch.tensor([row for row, sticker in enumerate(pack.stickers) if sticker.id in allowed])
@@ -240,13 +248,11 @@ def train_align(args: AlignArguments) -> None:
     emotions = torch.tensor([EMOTIONS.index(pack.stickers[row].emotion) for row in rows.tolist()])
     vectors = embed_pack(model, processor, pack)[rows]
     decider = Decider(model, vectors, emotions, args.beta)
-    spread = {name: args.noise * states[name].std(dim=0) for name in ("ends", "spans")}
+    spread = args.noise * states["spans"].std(dim=0)
 
     def loss_fn(decider: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-        for name, size in spread.items():
-            noise = torch.randn(batch[name].shape, generator=generator, device=generator.device)
-            batch[name] = batch[name] + size.to(generator.device) * noise
-        return decider(**batch)
+        noise = torch.randn(batch["spans"].shape, generator=generator, device=generator.device)
+        return decider(**batch | {"spans": batch["spans"] + spread.to(noise.device) * noise})
 
     train_loop(args, decider, Pairs(states, emotions, args), loss_fn)
     decider.put_into(model)
