@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openai import NotFoundError, OpenAIError
-from openai.types.chat import ChatCompletion
 
 from agent_generation.llm import AnswerError, ModelError, OpenAILLM, Reply, Request
 
@@ -126,10 +125,7 @@ class BatchLLM(OpenAILLM):
         response = row.get("response") or {}
         body = response.get("body") or {}
         if response.get("status_code") == 200:
-            try:
-                return self.as_reply(ChatCompletion.model_validate(body), request)
-            except ValueError as error:  # no completion, or one without choices
-                raise AnswerError(f"malformed response: {type(error).__name__}") from None
+            return self.as_reply(body, request)
         told = row.get("error") or (body.get("error") if isinstance(body, dict) else body) or {}
         said = (told.get("message") if isinstance(told, dict) else told) or "no answer"
         raise AnswerError(f"status {response.get('status_code')}: {self.without_key(str(said))}"[:200])

@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from agent_generation.llm import LLM, AnswerError, ModelError, Reply, Request, schema_of
 
@@ -155,6 +157,10 @@ class Journal:
             "CREATE TABLE IF NOT EXISTS paid (only INTEGER PRIMARY KEY, prompt_tokens INTEGER, completion_tokens INTEGER)"
         )
         self.connection.execute("INSERT OR IGNORE INTO paid VALUES (0, 0, 0)")
+        self.connection.execute(
+            "CREATE TEMP TRIGGER pay AFTER INSERT ON answers BEGIN UPDATE paid SET"
+            " prompt_tokens = prompt_tokens + new.prompt_tokens, completion_tokens = completion_tokens + new.completion_tokens; END"
+        )
 
     def find(self, key: str, digest: str) -> dict[int, Reply | AnswerError]:
         """What came of the request of this key, by attempt, if what was asked is the same: answers, and that the task went on without one."""
@@ -170,16 +176,10 @@ class Journal:
 
     def add(self, key: str, digest: str, reply: Reply) -> None:
         """Keep an answer; it survives a kill from here on."""
-        self.connection.execute("BEGIN")
         self.connection.execute(
             "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
             (key, digest, reply.text, reply.model, reply.prompt_tokens, reply.completion_tokens, reply.complete),
         )
-        self.connection.execute(
-            "UPDATE paid SET prompt_tokens = prompt_tokens + ?, completion_tokens = completion_tokens + ?",
-            (reply.prompt_tokens, reply.completion_tokens),
-        )
-        self.connection.execute("COMMIT")
 
     def go_without(self, key: str, digest: str, failure: AnswerError) -> None:
         """Keep that a task went on without an answer, unless its last attempt gave one, if a useless one."""
@@ -365,7 +365,7 @@ class Engine:
         async with self.slots:
             if self.ended:
                 raise self.ended
-            schema = len(json.dumps(schema_of(request.answer))) if request.answer else 0
+            schema = schema_length(request.answer) if request.answer else 0
             prompt_tokens = most_prompt_tokens(request.messages) + schema
             most = self.prices.cost(prompt_tokens, self.llm.most_tokens(request.role))
             if self.budget_usd is not None and self.committed_usd + most > self.budget_usd:
@@ -432,6 +432,12 @@ class Embedder:
                 if not answer.done():
                     answer.set_result(vectors[start : start + len(texts)])
                 start += len(texts)
+
+
+@lru_cache(maxsize=256)
+def schema_length(form: type[BaseModel]) -> int:
+    """Characters of a form's JSON schema."""
+    return len(json.dumps(schema_of(form)))
 
 
 def most_prompt_tokens(messages: Sequence[dict]) -> int:

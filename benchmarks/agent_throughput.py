@@ -14,44 +14,79 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
+from aiohttp import web
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agent_generation.dry import DryLLM
-from agent_generation.engine import Embedding, Engine, Journal
+from agent_generation.encoder_process import EncoderProcess
+from agent_generation.engine import Embedding, Encode, Engine, Journal
 from agent_generation.llm import OpenAILLM
 from agent_generation.run import plan_sessions
 from agent_generation.session import Dialogue, SessionPlan, Settings
 from agent_generation.tool import Toolbox
 from dataset_builders.schema import EMOTIONS, Profile
-from dataset_builders.stickers.encoder import TextEncoder
+from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.stickers.encoder import PACKAGED
 from dataset_builders.stickers.openmoji import cached_folder, cached_pack
 from dataset_builders.stickers.search import open_search
-from tests.fixtures.llm_server import Server
+from tests.fixtures.llm_server import completion
 
 
 SESSIONS, LATENCY = 64, 0.2
-WORDS = "so it goes on with rain and bread a kind dog late for the bus near our old green bridge again".split()
 
 
-def serve() -> None:
-    """The endpoint, in a process of its own."""
-    dry = DryLLM()
+@dataclass(frozen=True)
+class Quoting(DryLLM):
+    """A [`DryLLM`] that says what people in StickerConv-mini say: its texts are as long, in tokens, as real ones."""
 
-    def script(body: dict) -> str:
-        form, rng = body.get("response_format"), random.Random(json.dumps(body["messages"]) + str(body["seed"]))
+    messages: list[str] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
+
+    def say(self, form: dict | None, rng: random.Random) -> str:
+        """The answer to a request for a message, or for JSON of a form."""
         if form is None:
-            return " ".join(rng.choices(WORDS, k=16)) + f" {rng.random()}"
+            return rng.choice(self.messages)
         schema = form["json_schema"]["schema"]
-        return json.dumps(dry._fill(schema, schema.get("$defs", {}), rng))
+        return json.dumps(self._fill(schema, schema.get("$defs", {}), rng))
 
-    with Server(script, LATENCY) as server:
-        print(server.url, flush=True)  # noqa: T201
-        sys.stdin.read()
+    def _fill(self, schema: dict, definitions: dict, rng: random.Random, name: str = "") -> Any:
+        if schema.get("type") == "string" and "enum" not in schema and name not in self.fixed:
+            return rng.choice(self.queries if name == "query" else self.messages)
+        return super()._fill(schema, definitions, rng, name)
+
+
+async def serve() -> None:
+    """The endpoint, in a process of its own: as little work as can be, which on the machines of a real one would not be ours."""
+    said = [
+        message for session in load_mini("train") for turn in session.turns for message in (turn.user, turn.system)
+    ]
+    model = Quoting(
+        messages=[message.text for message in said if len(message.text) <= 200],
+        queries=[message.sticker.query for message in said if message.sticker],
+    )
+
+    async def reply(request: web.Request) -> web.Response:
+        answered_at = time.monotonic() + LATENCY
+        body = json.loads(await request.read())
+        rng = random.Random(f"{body['messages']}{body['seed']}")
+        content = completion(body["model"], model.say(body.get("response_format"), rng))
+        await asyncio.sleep(answered_at - time.monotonic())
+        return web.Response(body=content, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", reply)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    print(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/v1", flush=True)  # noqa: T201
+    await asyncio.to_thread(sys.stdin.read)
 
 
 def reference_calls(result: dict) -> tuple[int, int]:
@@ -73,7 +108,7 @@ def reference_calls(result: dict) -> tuple[int, int]:
     return calls, calls + 19 * result["tally"].get("reflections", 0)
 
 
-async def write(url: str, plans: list[SessionPlan], toolbox: Toolbox, settings: Settings, encode: TextEncoder):
+async def write(url: str, plans: list[SessionPlan], toolbox: Toolbox, settings: Settings, encode: Encode):
     """Write sessions; gives the seconds it took and the outcomes."""
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(OpenAILLM(url, "m"), Journal(Path(folder) / "j.sqlite"), SESSIONS, encode=encode)
@@ -83,7 +118,7 @@ async def write(url: str, plans: list[SessionPlan], toolbox: Toolbox, settings: 
         return time.perf_counter() - started, {outcome.task: outcome for outcome in outcomes}
 
 
-def count_rounds(plan: SessionPlan, toolbox: Toolbox, settings: Settings, encode: TextEncoder) -> int:
+def count_rounds(plan: SessionPlan, toolbox: Toolbox, settings: Settings, encode: Encode) -> int:
     """Steps of a session that wait for the model, one after the other."""
     dry, rounds = DryLLM(), 0
     steps = Dialogue(plan, toolbox, settings).steps()
@@ -104,8 +139,7 @@ def count_rounds(plan: SessionPlan, toolbox: Toolbox, settings: Settings, encode
 
 def main() -> None:
     """Run it."""
-    torch.set_num_threads(1)  # as `pegs generate` does beside an endpoint
-    encode = TextEncoder(steady=True)
+    encode = EncoderProcess(PACKAGED, steady=True)  # as `pegs generate` does beside an endpoint
     pack = cached_pack()
     toolbox = Toolbox(open_search(cached_folder(), pack, encode), pack.databases)
     profiles = [
@@ -141,8 +175,9 @@ def main() -> None:
             "calls_ratio_with_reflection": round(sum(calls) / sum(r[1] for r in reference), 3),
         }
     endpoint.kill()
+    encode.close()
     print(json.dumps(figures))  # noqa: T201
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["serve"] else main()
+    asyncio.run(serve()) if sys.argv[1:] == ["serve"] else main()

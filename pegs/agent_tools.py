@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agent_generation.batch_api import BatchLLM
+from agent_generation.encoder_process import EncoderProcess
 from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Prices
 from agent_generation.llm import LLM, ROLES, OpenAILLM
 from agent_generation.profile import (
@@ -378,12 +379,9 @@ def make_sessions(job: Job) -> dict:
 
 def write_shard(job: Job, shard: int, show: Callable[[Mapping[str, float]], object]) -> None:
     """Write one shard's sessions in this process; `show` is told how far it is."""
-    if job.writer.url:
-        import torch  # seconds to import
-
-        torch.set_num_threads(1)  # the other cores are for the calls
     kept = max(4096, 64 * job.writer.concurrency)  # what is embedded ahead must still be there when it is wanted
-    encoder = TextEncoder(job.encoder, kept=kept, steady=True)
+    beside = EncoderProcess if job.writer.url else TextEncoder  # an endpoint's client leaves no time for vectors
+    encoder = beside(job.encoder, kept=kept, steady=True)
     toolbox, _ = load_toolbox(job.stickers, encoder)
     journal = Journal(journal_file(job.out, shard))
     writer = job.writer
@@ -402,6 +400,8 @@ def write_shard(job: Job, shard: int, show: Callable[[Mapping[str, float]], obje
         asyncio.run(write_sessions(plans, engine, toolbox, job.settings, SessionCounter(engine, show)))
     finally:
         journal.close()
+        if isinstance(encoder, EncoderProcess):
+            encoder.close()
 
 
 def write_shard_of_cluster(job: Job, shard: int) -> None:

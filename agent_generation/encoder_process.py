@@ -1,0 +1,76 @@
+"""A sentence encoder beside the event loop, not in it."""
+
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from dataset_builders.stickers.encoder import TextEncoder
+
+
+class EncoderProcess:
+    """
+    A [`TextEncoder`] with one thread in a process of its own: it computes while this one is busy with Python, and ends with it, however that ends.
+
+    Args:
+        name (`str`): A sentence-transformers model, as for [`TextEncoder`].
+        **options: More arguments of [`TextEncoder`].
+
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.name = name
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a fork would hold both ends of the pipe, and not hear of its end
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=answer, args=(other, name, options), daemon=True)
+        self.process.start()
+        other.close()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """
+        Vectors of texts; one caller at a time.
+
+        Returns:
+            `np.ndarray` of shape `(len(texts), d)`, float32, unit norm.
+
+        Raises:
+            RuntimeError: If the process has ended, or failed; it says why.
+
+        """
+        try:
+            self.pipe.send(list(texts))
+            found = self.pipe.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(
+                f"the process that embeds texts has ended (exit code {self.process.exitcode})"
+            ) from None
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join()
+
+
+def answer(pipe: Connection, name: str, options: dict[str, Any]) -> None:
+    """Embed what comes through a pipe, until nobody is at its other end."""
+    import torch
+
+    torch.set_num_threads(1)
+    encode = TextEncoder(name, **options)
+    while True:
+        try:
+            texts = pipe.recv()
+            try:
+                found: np.ndarray | str = encode(texts)
+            except Exception as error:
+                found = f"{type(error).__name__}: {error}"
+            pipe.send(found)
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
