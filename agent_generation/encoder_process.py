@@ -1,6 +1,7 @@
 """A sentence encoder beside the event loop, not in it."""
 
 import multiprocessing
+import signal
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -60,7 +61,8 @@ class EncoderProcess:
 
 def answer(pipe: Connection, name: str, options: dict[str, Any]) -> None:
     """Embed what comes through a pipe, until nobody is at its other end."""
-    import torch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; when that ends, so does this
+    import torch  # seconds
 
     torch.set_num_threads(1)
     encode = TextEncoder(name, **options)
@@ -72,5 +74,5 @@ def answer(pipe: Connection, name: str, options: dict[str, Any]) -> None:
             except Exception as error:
                 found = f"{type(error).__name__}: {error}"
             pipe.send(found)
-        except (EOFError, OSError, KeyboardInterrupt):
+        except (EOFError, OSError):
             return
