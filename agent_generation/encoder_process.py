@@ -13,7 +13,8 @@ from dataset_builders.stickers.encoder import TextEncoder
 
 class EncoderProcess:
     """
-    A [`TextEncoder`] with one thread in a process of its own: it computes while this one is busy with Python, and ends with it, however that ends.
+    A [`TextEncoder`] with one thread in a process of its own: it computes while this one is busy with Python, and ends with it, however that ends. A script that
+    makes one needs its `if __name__ == "__main__":`, since the process imports it.
 
     Args:
         name (`str`): A sentence-transformers model, as for [`TextEncoder`].
@@ -23,9 +24,8 @@ class EncoderProcess:
 
     def __init__(self, name: str, **options: Any) -> None:
         self.name = name
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would hold both ends of the pipe, and not hear of its end
+        # a fork would hold both ends of the pipe, and never hear that one was closed
+        context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=answer, args=(other, name, options), daemon=True)
         self.process.start()
@@ -46,9 +46,11 @@ class EncoderProcess:
             self.pipe.send(list(texts))
             found = self.pipe.recv()
         except (EOFError, OSError):
-            raise RuntimeError(
-                f"the process that embeds texts has ended (exit code {self.process.exitcode})"
-            ) from None
+            self.process.join(1)
+            raise RuntimeError(f"the process that embeds texts has ended ({self.process.exitcode})") from None
+        except BaseException:
+            self.pipe.close()  # the answer still comes, and must not be taken for the next one's
+            raise
         if isinstance(found, str):
             raise RuntimeError(found)
         return found

@@ -221,10 +221,11 @@ class OpenAILLM:
         try:
             # as `chat.completions.create` does, without its walks through body and answer: those are a fifth of the client's work
             done = await self.client.post("/chat/completions", body=self.body(request, seed), cast_to=object)
+            reply = self.as_reply(done, request)
         except (OpenAIError, ValueError, TypeError) as error:
             raise self.explain(error) from None
         self.in_a_row = 0
-        return self.as_reply(done, request)
+        return reply
 
     async def close(self) -> None:
         """Close the client, while the event loop that it belongs to still runs; see [`LLM`]."""
@@ -255,16 +256,21 @@ class OpenAILLM:
 
         """
         try:
+            if isinstance(done, str):  # JSON under another content type, which the client leaves as text
+                done = json.loads(done)
             choice, usage = done["choices"][0], done.get("usage") or {}
+            text = choice["message"].get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError(text)
             return Reply(
-                text=str(choice["message"].get("content") or ""),
+                text=text,
                 model=str(done.get("model") or self.roles[request.role].model or self.model),
                 prompt_tokens=int(usage.get("prompt_tokens") or 0),
                 completion_tokens=int(usage.get("completion_tokens") or 0),
                 complete=choice.get("finish_reason") != "length",
             )
-        except (AttributeError, LookupError, TypeError, ValueError):
-            raise AnswerError("malformed response: no choices") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise AnswerError(f"malformed response: {type(error).__name__}") from None
 
     def explain(self, error: Exception) -> AnswerError | ModelError:
         """What an error of the client means for the run, in words without the key."""
@@ -276,6 +282,8 @@ class OpenAILLM:
         elif isinstance(error, APIStatusError):
             permanent = permanent or error.code == "insufficient_quota"
             said = f"status {error.status_code}: {self.without_key(error.message)[:200]}"
+        elif isinstance(error, AnswerError):
+            said = str(error)
         else:  # a body that is no JSON
             said = f"malformed response: {type(error).__name__}"
         if permanent or self.in_a_row >= GIVE_UP:

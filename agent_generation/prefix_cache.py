@@ -52,19 +52,24 @@ class PrefixCache:
     The keys and values of the prompts that a model read last.
 
     Args:
-        model (`PreTrainedModel`): A causal language model, all layers of which attend to everything.
-        most_tokens (`int`, *optional*, defaults to 32,768): Of all prompts that are kept.
+        model (`PreTrainedModel`): A causal language model on one device.
+        most_bytes (`int`, *optional*, defaults to 512 MiB): Of all that is kept: 22,000 tokens of SmolLM2-135M in bfloat16.
+
+    Raises:
+        ValueError: If not all layers of the model attend to everything.
 
     """
 
-    def __init__(self, model: PreTrainedModel, most_tokens: int = 32_768) -> None:
-        self.model, self.most_tokens = model, most_tokens
-        self.kept: OrderedDict[bytes, tuple[np.ndarray, torch.Tensor]] = (
-            OrderedDict()
-        )  # T tokens, (layers, 2, H, T, D)
+    def __init__(self, model: PreTrainedModel, most_bytes: int = 512 << 20) -> None:
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+            raise ValueError(f"{type(model).__name__}: not all of its layers attend to everything")
+        self.model, self.most_bytes = model, most_bytes
+        # tokens (T,) and states (layers, 2, H, T, D)
+        self.kept: OrderedDict[bytes, tuple[np.ndarray, torch.Tensor]] = OrderedDict()
         config = model.config.get_text_config(decoder=True)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = config.num_hidden_layers, 2, config.num_key_value_heads, 0, size
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = config.num_hidden_layers, 2, heads, 0, size
         self.nothing = torch.empty(shape, dtype=model.dtype, device=model.device)
 
     def read(
@@ -97,7 +102,7 @@ class PrefixCache:
         return torch.tensor([prompts[row][-1:] for row in rows], device=mask.device), mask, cache
 
     def _states(self, prompts: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Those of all tokens of each prompt; the prompts are kept, and what was not used for longest goes."""
+        """Those of all tokens of each prompt, which are kept for later batches; what was not used for longest goes."""
         states = [self._find(prompt) for prompt in prompts]
         missing = [len(prompt) - known.shape[-2] for prompt, known in zip(prompts, states, strict=True)]
         order = sorted((n for n in range(len(prompts)) if missing[n]), key=missing.__getitem__)
@@ -107,7 +112,7 @@ class PrefixCache:
             for n, found in zip(part, read, strict=True):
                 states[n] = found
                 self.kept[prompts[n].tobytes()] = prompts[n], found
-        while sum(len(tokens) for tokens, _ in self.kept.values()) > self.most_tokens:
+        while sum(found.nbytes for _, found in self.kept.values()) > self.most_bytes:
             self.kept.popitem(last=False)
         return states
 

@@ -14,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agent_generation.dry import DryLLM
 from agent_generation.encoder_process import EncoderProcess
-from agent_generation.engine import Embedding, Encode, Engine, Journal
+from agent_generation.engine import Embedding, Engine, Journal, Steps
 from agent_generation.llm import OpenAILLM
 from agent_generation.run import plan_sessions
 from agent_generation.session import Dialogue, SessionPlan, Settings
 from agent_generation.tool import Toolbox
 from dataset_builders.schema import EMOTIONS, Profile
 from dataset_builders.stickerconv.sessions import load_mini
-from dataset_builders.stickers.encoder import PACKAGED
+from dataset_builders.stickers.encoder import PACKAGED, TextEncoder
 from dataset_builders.stickers.openmoji import cached_folder, cached_pack
 from dataset_builders.stickers.search import open_search
 from tests.fixtures.llm_server import completion
@@ -108,40 +111,40 @@ def reference_calls(result: dict) -> tuple[int, int]:
     return calls, calls + 19 * result["tally"].get("reflections", 0)
 
 
-async def write(url: str, plans: list[SessionPlan], toolbox: Toolbox, settings: Settings, encode: Encode):
-    """Write sessions; gives the seconds it took and the outcomes."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(OpenAILLM(url, "m"), Journal(Path(folder) / "j.sqlite"), SESSIONS, encode=encode)
-        started = time.perf_counter()
-        tasks = [(plan.session_id, Dialogue(plan, toolbox, settings).steps) for plan in plans]
-        outcomes = [outcome async for outcome in engine.run(tasks)]
-        return time.perf_counter() - started, {outcome.task: outcome for outcome in outcomes}
-
-
-def count_rounds(plan: SessionPlan, toolbox: Toolbox, settings: Settings, encode: Encode) -> int:
-    """Steps of a session that wait for the model, one after the other."""
-    dry, rounds = DryLLM(), 0
-    steps = Dialogue(plan, toolbox, settings).steps()
+def counted(steps: Steps, rounds: Counter[str], name: str) -> Steps:
+    """The same steps; counts those that wait for the model, one after the other."""
     requests = next(steps)
     while True:
-        answers = []
-        for number, request in enumerate(requests):
-            if isinstance(request, Embedding):
-                answers.append(encode(request.texts))
-            else:
-                answers.append(request.parse(asyncio.run(dry.ask(request, number)).text))
-        rounds += not isinstance(requests[0], Embedding)
+        rounds[name] += not isinstance(requests[0], Embedding)
+        answers = yield requests
         try:
             requests = steps.send(answers)
-        except StopIteration:
-            return rounds
+        except StopIteration as stop:
+            return stop.value
+
+
+async def write(url: str, plans: list[SessionPlan], toolbox: Toolbox, settings: Settings):
+    """Write sessions; gives the seconds it took, the outcomes, and how often each session waited for the model."""
+    rounds: Counter[str] = Counter()
+    encode = EncoderProcess(
+        PACKAGED, steady=True
+    )  # as `pegs generate` does beside an endpoint; it has seen no text yet
+    encode(["so"])
+    with tempfile.TemporaryDirectory() as folder, closing(encode):
+        engine = Engine(OpenAILLM(url, "m"), Journal(Path(folder) / "j.sqlite"), SESSIONS, encode=encode)
+        started = time.perf_counter()
+
+        def start(plan: SessionPlan) -> Callable[[], Steps]:
+            return lambda: counted(Dialogue(plan, toolbox, settings).steps(), rounds, plan.session_id)
+
+        outcomes = [outcome async for outcome in engine.run((plan.session_id, start(plan)) for plan in plans)]
+        return time.perf_counter() - started, outcomes, rounds
 
 
 def main() -> None:
     """Run it."""
-    encode = EncoderProcess(PACKAGED, steady=True)  # as `pegs generate` does beside an endpoint
     pack = cached_pack()
-    toolbox = Toolbox(open_search(cached_folder(), pack, encode), pack.databases)
+    toolbox = Toolbox(open_search(cached_folder(), pack, TextEncoder()), pack.databases)
     profiles = [
         Profile(
             name=f"P{n}", emotion=EMOTIONS[n % 7], persona=f"You are number {n}.", situation=f"You have lost {n} keys."
@@ -155,27 +158,25 @@ def main() -> None:
     url = endpoint.stdout.readline().strip()
     figures: dict = {"benchmark": "agent_throughput", "sessions": SESSIONS, "latency_s": LATENCY}
     for name, settings in (("separate", Settings()), ("fused", Settings(fuse_plan=True))):
-        asyncio.run(write(url, plans[:1], toolbox, settings, encode))  # connections, templates, vectors
-        rounds = {plan.session_id: count_rounds(plan, toolbox, settings, encode) for plan in plans}
+        asyncio.run(write(url, plans[:1], toolbox, settings))  # templates
+        seconds, outcomes, rounds = asyncio.run(write(url, plans, toolbox, settings))
         longest = max(plans, key=lambda plan: rounds[plan.session_id])
-        alone, _ = asyncio.run(write(url, [longest], toolbox, settings, encode))
-        seconds, outcomes = asyncio.run(write(url, plans, toolbox, settings, encode))
-        calls = [outcome.spent.calls for outcome in outcomes.values()]
-        reference = [reference_calls(outcome.result) for outcome in outcomes.values()]
+        alone, _, _ = asyncio.run(write(url, [longest], toolbox, settings))
+        calls = [outcome.spent.calls for outcome in outcomes]
+        reference = [reference_calls(outcome.result) for outcome in outcomes]
         a_call = alone / rounds[longest.session_id]
         figures[name] = {
             "seconds": round(seconds, 2),
             "serial_ratio": round(sum(calls) * a_call / seconds, 1),
             "of_ideal": round(alone / seconds, 3),
             "calls_a_session": round(statistics.mean(calls), 1),
-            "prompt_tokens_a_session": round(statistics.mean(o.spent.prompt_tokens for o in outcomes.values())),
+            "prompt_tokens_a_session": round(statistics.mean(o.spent.prompt_tokens for o in outcomes)),
             "reference_calls": round(statistics.mean(r[0] for r in reference), 1),
             "reference_calls_with_reflection": round(statistics.mean(r[1] for r in reference), 1),
             "calls_ratio": round(sum(calls) / sum(r[0] for r in reference), 3),
             "calls_ratio_with_reflection": round(sum(calls) / sum(r[1] for r in reference), 3),
         }
     endpoint.kill()
-    encode.close()
     print(json.dumps(figures))  # noqa: T201
 
 

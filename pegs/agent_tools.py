@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -46,7 +46,7 @@ from agent_generation.run import (
 from agent_generation.session import SessionPlan, Settings
 from agent_generation.tool import Toolbox
 from dataset_builders.schema import Emotion, Profile
-from dataset_builders.stickers.encoder import TextEncoder
+from dataset_builders.stickers.encoder import Encoder, TextEncoder
 from dataset_builders.stickers.pack import StickerPack
 from dataset_builders.stickers.search import digest_texts, open_search
 from pegs.adapters import EMBEDDED, load_language_model
@@ -203,7 +203,7 @@ def parse_shares(text: str) -> dict[Emotion, float]:
         raise InputError(f"--emotions {text}: {error}; expected for example sadness=3,fear=2,happiness=1.") from error
 
 
-def load_toolbox(stickers: str, encoder: TextEncoder) -> tuple[Toolbox, StickerPack]:
+def load_toolbox(stickers: str, encoder: Encoder) -> tuple[Toolbox, StickerPack]:
     """
     The sticker databases of a pack, and the pack.
 
@@ -379,29 +379,26 @@ def make_sessions(job: Job) -> dict:
 
 def write_shard(job: Job, shard: int, show: Callable[[Mapping[str, float]], object]) -> None:
     """Write one shard's sessions in this process; `show` is told how far it is."""
-    kept = max(4096, 64 * job.writer.concurrency)  # what is embedded ahead must still be there when it is wanted
-    beside = EncoderProcess if job.writer.url else TextEncoder  # an endpoint's client leaves no time for vectors
-    encoder = beside(job.encoder, kept=kept, steady=True)
-    toolbox, _ = load_toolbox(job.stickers, encoder)
-    journal = Journal(journal_file(job.out, shard))
     writer = job.writer
-    engine = Engine(
-        writer.open(job.out / f"batches-{shard:03d}.json"),
-        journal,
-        writer.concurrency,
-        live_tasks=writer.concurrency if writer.batch_api else None,
-        prices=writer.prices,
-        budget_usd=writer.budget_usd and writer.budget_usd / job.shards,
-        spent_usd=writer.prices.cost(*journal.paid()),
-        encode=encoder,
-    )
-    plans = (plan for plan in job.plans(len(toolbox.databases)) if shard_of(plan.session_id, job.shards) == shard)
-    try:
+    kept = max(4096, 64 * writer.concurrency)  # what is embedded ahead must still be there when it is wanted
+    with ExitStack() as opened:
+        encoder: Encoder = TextEncoder(job.encoder, kept=kept, steady=True)
+        if writer.url:  # its client leaves no time for vectors
+            encoder = opened.enter_context(closing(EncoderProcess(job.encoder, kept=kept, steady=True)))
+        toolbox, _ = load_toolbox(job.stickers, encoder)
+        journal = opened.enter_context(closing(Journal(journal_file(job.out, shard))))
+        engine = Engine(
+            writer.open(job.out / f"batches-{shard:03d}.json"),
+            journal,
+            writer.concurrency,
+            live_tasks=writer.concurrency if writer.batch_api else None,
+            prices=writer.prices,
+            budget_usd=writer.budget_usd and writer.budget_usd / job.shards,
+            spent_usd=writer.prices.cost(*journal.paid()),
+            encode=encoder,
+        )
+        plans = (plan for plan in job.plans(len(toolbox.databases)) if shard_of(plan.session_id, job.shards) == shard)
         asyncio.run(write_sessions(plans, engine, toolbox, job.settings, SessionCounter(engine, show)))
-    finally:
-        journal.close()
-        if isinstance(encoder, EncoderProcess):
-            encoder.close()
 
 
 def write_shard_of_cluster(job: Job, shard: int) -> None:

