@@ -9,14 +9,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
-from agent_generation.llm import LLM, AnswerError, ModelError, Reply, Request, schema_of
+from agent_generation.llm import LLM, AnswerError, ModelError, Reply, Request, schema_length
 
 
 @dataclass(frozen=True)
@@ -432,12 +430,6 @@ class Embedder:
                 if not answer.done():
                     answer.set_result(vectors[start : start + len(texts)])
                 start += len(texts)
-
-
-@lru_cache(maxsize=256)
-def schema_length(form: type[BaseModel]) -> int:
-    """Characters of a form's JSON schema."""
-    return len(json.dumps(schema_of(form)))
 
 
 def most_prompt_tokens(messages: Sequence[dict]) -> int:

@@ -48,6 +48,12 @@ def schema_of(form: type[BaseModel]) -> dict:
     return form.model_json_schema()
 
 
+@lru_cache(maxsize=256)
+def schema_length(form: type[BaseModel]) -> int:
+    """Characters of a form's JSON schema."""
+    return len(json.dumps(schema_of(form)))
+
+
 @dataclass(frozen=True)
 class Request:
     """

@@ -66,7 +66,7 @@ class Row:
         llguidance.torch.fill_next_token_bitmask(self.matcher, mask)
         allowed = np.unpackbits(mask[0].numpy().view(np.uint8), bitorder="little")[: len(logits)]
         if self.said is not None:
-            allowed[self._repeating()] = 0
+            allowed[self._repeating(self.said)] = 0
         token = self._choose(logits, np.flatnonzero(allowed))
         self.tokens.append(token)
         self.log_probs.append(float(logits[token]) - total)
@@ -77,9 +77,9 @@ class Row:
             or len(self.tokens) == self.limit
         )
 
-    def _repeating(self) -> np.ndarray:
+    def _repeating(self, said: list[int]) -> np.ndarray:
         """Tokens that would repeat `REPEAT` tokens; not the end."""
-        ids = np.array([*(self.said or ()), *self.tokens])
+        ids = np.array([*said, *self.tokens])
         if len(ids) < REPEAT:
             return np.array([], int)
         runs = np.lib.stride_tricks.sliding_window_view(ids, REPEAT)

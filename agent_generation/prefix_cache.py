@@ -90,8 +90,7 @@ class PrefixCache:
         """
         states = self._states([np.array(prompt[:-1]) for prompt in prompts])
         width = max(known.shape[-2] for known in states)
-        layers, two, heads, _, size = self.nothing.shape
-        buffers = self.nothing.new_zeros(layers, two, len(rows), heads, width + room, size)
+        buffers = self._zeros(len(rows), width + room)
         mask = torch.zeros(len(rows), width + 1, dtype=torch.long, device=self.nothing.device)
         for row, prompt in enumerate(rows):
             start = width - states[prompt].shape[-2]
@@ -100,6 +99,11 @@ class PrefixCache:
         cache = DynamicCache(config=self.model.config)
         cache.layers = [RoomyLayer(layer, width) for layer in buffers]
         return torch.tensor([prompts[row][-1:] for row in rows], device=mask.device), mask, cache
+
+    def _zeros(self, rows: int, tokens: int) -> torch.Tensor:
+        """Keys and values `(layers, 2, rows, H, tokens, D)` to write into."""
+        layers, two, heads, _, size = self.nothing.shape
+        return self.nothing.new_zeros(layers, two, rows, heads, tokens, size)
 
     def _states(self, prompts: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Those of all tokens of each prompt, which are kept for later batches; what was not used for longest goes."""
@@ -135,8 +139,7 @@ class PrefixCache:
         lengths = [states.shape[-2] for states in known]
         most = max(lengths)
         width = most + max(len(prompt) - length for prompt, length in zip(prompts, lengths, strict=True))
-        layers, two, heads, _, size = self.nothing.shape
-        joined = self.nothing.new_zeros(layers, two, len(prompts), heads, most, size)
+        joined = self._zeros(len(prompts), most)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):

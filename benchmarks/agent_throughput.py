@@ -126,9 +126,7 @@ def counted(steps: Steps, rounds: Counter[str], name: str) -> Steps:
 async def write(url: str, plans: list[SessionPlan], toolbox: Toolbox, settings: Settings):
     """Write sessions; gives the seconds it took, the outcomes, and how often each session waited for the model."""
     rounds: Counter[str] = Counter()
-    encode = EncoderProcess(
-        PACKAGED, steady=True
-    )  # as `pegs generate` does beside an endpoint; it has seen no text yet
+    encode = EncoderProcess(PACKAGED, steady=True)  # as beside an endpoint of `pegs generate`; it has seen no text yet
     encode(["so"])
     with tempfile.TemporaryDirectory() as folder, closing(encode):
         engine = Engine(OpenAILLM(url, "m"), Journal(Path(folder) / "j.sqlite"), SESSIONS, encode=encode)
