@@ -3,7 +3,7 @@ Stage `align`: preference optimisation (DPO, arXiv:2305.18290) of a reply's two 
 
 A gold reply and one that differs from it in such a decision alone share all that comes before, so the log-ratio of the pair is a difference of two scores
 of the same hidden state. With the language model frozen these states never change and are computed once; what learns is the output row of `[IMG1]` and the
-replies' projection into the retrieval space, and no word of a reply can change. (`trl.DPOTrainer` runs each pair as two whole dialogues, and does not take a
+replies' projection into the retrieval space. Words change only where `[IMG1]` outgrows the next one, which ends a reply there. (`trl.DPOTrainer` runs each pair as two whole dialogues, and does not take a
 model whose output embeddings are two matrices.)
 """
 
@@ -25,7 +25,7 @@ from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import sent_stickers
 from pegs.training.generation import below_the_heads
-from pegs.training.language import opener_dialogues, sendable, training_dialogues
+from pegs.training.language import sendable, training_dialogues
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.stages import ConfigError
 from pegs.training.targets import VisionFeatures
@@ -43,12 +43,10 @@ class AlignArguments(LoopArguments):
         init_from (`str`): Checkpoint that the stage starts from, which is the reference too.
         stickers (`str`): Annotated sticker pack, by name, folder or Hub id.
         sessions (`str`): JSON Lines file of the sessions; StickerConv-mini if empty.
-        openers (`bool`): Whether the openers teach, beside the sessions, which sticker to send; when to send one is learned from the sessions alone, whose rate the
-            openers do not share.
+        openers (`bool`): Whether the openers' decisions are learned beside the sessions'.
         max_length (`int`): Longest dialogue in tokens; a longer one loses its oldest turns.
         beta (`float`): How much the reference weighs.
-        noise (`float`): Standard deviation of the noise on the hidden states that choose a sticker, relative to theirs: it keeps the choice from learning the
-            training sessions by heart. The decision when, with a row's few numbers, learns more without.
+        noise (`float`): Standard deviation of the noise on the hidden states, relative to theirs.
 
     """
 
@@ -227,20 +225,12 @@ def train_align(args: AlignArguments) -> None:
     if not model.config.num_retrieval_tokens:
         raise ConfigError(f"{args.init_from} has no retrieval tokens")
     pack = load_pack(args.stickers)
-    dialogues = {"sessions": training_dialogues(args.sessions, False, pack)}
-    if not dialogues["sessions"]:
-        raise ConfigError(f"{args.sessions}: no training sessions, from which is learned when to send a sticker")
-    if args.openers:
-        dialogues["openers"] = opener_dialogues(pack)
-    found = [
-        kept(
-            Path(args.output_dir) / "state" / f"{name}.safetensors",
-            digest(below_the_heads(model), without_pictures(part), [s.id for s in pack.stickers], args.max_length),
-            lambda part=part: decision_states(model, processor, pack, part, args.max_length),
-        )
-        for name, part in dialogues.items()
-    ]
-    states = found[0] | {name: torch.cat([part[name] for part in found]) for name in ("spans", "gold")}
+    dialogues = training_dialogues(args.sessions, args.openers, pack)
+    states = kept(
+        Path(args.output_dir) / "state" / "decisions.safetensors",
+        digest(below_the_heads(model), without_pictures(dialogues), [s.id for s in pack.stickers], args.max_length),
+        lambda: decision_states(model, processor, pack, dialogues, args.max_length),
+    )
     logger.info("%d decisions, %d stickers sent", len(states["ends"]), len(states["spans"]))
     allowed = {sticker.id for sticker in sendable(pack)}
     rows = torch.tensor([row for row, sticker in enumerate(pack.stickers) if sticker.id in allowed])
@@ -250,11 +240,13 @@ def train_align(args: AlignArguments) -> None:
     emotions = torch.tensor([EMOTIONS.index(pack.stickers[row].emotion) for row in rows.tolist()])
     vectors = embed_pack(model, processor, pack)[rows]
     decider = Decider(model, vectors, emotions, args.beta)
-    spread = args.noise * states["spans"].std(dim=0)
+    spread = {name: args.noise * states[name].std(dim=0) for name in ("ends", "spans")}
 
     def loss_fn(decider: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-        noise = torch.randn(batch["spans"].shape, generator=generator, device=generator.device)
-        return decider(**batch | {"spans": batch["spans"] + spread.to(noise.device) * noise})
+        for name, size in spread.items():
+            noise = torch.randn(batch[name].shape, generator=generator, device=generator.device)
+            batch[name] = batch[name] + size.to(generator.device) * noise
+        return decider(**batch)
 
     train_loop(args, decider, Pairs(states, emotions, args), loss_fn)
     decider.put_into(model)

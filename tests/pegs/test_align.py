@@ -6,7 +6,6 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from dataset_builders.schema import Exchange, Opener
 from pegs.training.align import AlignArguments, Pairs, emotion_loss, find_decisions, timing_loss
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.stages import main
@@ -87,7 +86,7 @@ def test_stickers_of_all_emotions_come_equally_often():
     assert (drawn / len(pairs) - 1 / 3).abs().max() < 0.05
 
 
-def test_the_stage_learns_what_is_preferred_and_leaves_the_words(tmp_path, monkeypatch):
+def test_the_stage_learns_what_is_preferred_and_leaves_the_words(tmp_path):
     start = tiny.make_tiny_model(lora={"r": 2, "target_modules": ["q_proj", "v_proj"]})
     start.save_pretrained(tmp_path / "start")
     tiny.make_tiny_processor(start.config).save_pretrained(tmp_path / "start")
@@ -109,23 +108,13 @@ def test_the_stage_learns_what_is_preferred_and_leaves_the_words(tmp_path, monke
     assert changed == {"added_vocabulary.head.weight", "retrieval_head.text_projection.weight"}
     rows = (before["added_vocabulary.head.weight"] != after["added_vocabulary.head.weight"]).any(dim=1)
     assert rows.nonzero().flatten().tolist() == [3]  # [IMG1], after <Img>, </Img> and <IMG>
-    states = load_file(tmp_path / "out" / "state" / "sessions.safetensors")
+    states = load_file(tmp_path / "out" / "state" / "decisions.safetensors")
     assert states["sent"].any() and not states["sent"].all()
     gaps = []
     for head in (before, after):
         margins = states["ends"] @ head["added_vocabulary.head.weight"][3]
         gaps.append(margins[states["sent"]].mean().item() - margins[~states["sent"]].mean().item())
     assert gaps[1] > gaps[0] + 0.2
-    openers = [Opener(emotion="anger", turns=(Exchange(user="Hi!", system="Oh.", sticker="red"),)) for _ in range(3)]
-    monkeypatch.setattr("pegs.training.language.load_openers", lambda: openers)
-    said = []
-    monkeypatch.setattr(
-        "pegs.training.align.train_loop", lambda args, decider, pairs, loss_fn: said.append(pairs.states)
-    )
-    (tmp_path / "align.yaml").write_text(yaml.safe_dump(values | {"openers": True}))
-    assert main(["--config", str(tmp_path / "align.yaml")]) == 0
-    assert torch.equal(said[0]["ends"], states["ends"]), "when to send one is learned from the sessions alone"
-    assert len(said[0]["gold"]) == len(said[0]["spans"]) == len(states["gold"]) + 3
     values["init_from"] = str(tmp_path / "gen")
     tiny.make_tiny_model(num_retrieval_tokens=0, variant="gen").save_pretrained(tmp_path / "gen")
     tiny.make_tiny_processor(start.config).save_pretrained(tmp_path / "gen")
