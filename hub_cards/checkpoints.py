@@ -102,6 +102,8 @@ def checkpoint_card(folder: Path, repo_id: str, options: CardOptions) -> str:
     """
     kind = kind_of(folder)
     config = _read_json(folder / "config.json")
+    adapter = _read_json(folder / "adapter_config.json")
+    base_model = (config.get("language_model") or {}).get("hub_id") or adapter.get("base_model_name_or_path")
     metrics = dict(_flatten(_read_json(options.metrics or folder / "figures.json")))
     emissions = _grams_of_carbon(folder / "emissions.csv")
     name = repo_id.rpartition("/")[2]
@@ -110,7 +112,7 @@ def checkpoint_card(folder: Path, repo_id: str, options: CardOptions) -> str:
         language=["en"],
         library_name=LIBRARIES[kind],
         pipeline_tag=TASKS.get(kind),
-        base_model=(config.get("language_model") or {}).get("hub_id"),
+        base_model=base_model,
         datasets=list(options.data) or None,
         tags=["pegs", "stickers", "empathetic-dialogue"],
         model_name=name,

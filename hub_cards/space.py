@@ -8,6 +8,7 @@ from dataset_builders.cards import sign_card
 from hub_cards.cards import check_card, render, render_card
 
 
+PYTHON, SDK = "3.11", "6.20.0"
 REQUIREMENTS = "stickerconv[chat] @ git+https://github.com/stickerconv/stickerconv\n"
 
 
@@ -28,7 +29,16 @@ def write_space(folder: Path, model: str, stickers: str = "openmoji", variant: s
     check_card(folder)
     folder.mkdir(parents=True, exist_ok=True)
     title = f"Chat with {model.rpartition('/')[2]}"
-    data = SpaceCardData(title=title, sdk="gradio", app_file="app.py", license="apache-2.0", models=[model], tags=["pegs", "stickers"])  # fmt: skip
+    data = SpaceCardData(
+        title=title,
+        sdk="gradio",
+        sdk_version=SDK,
+        python_version=PYTHON,  # the Hub's default is older than this package wants
+        app_file="app.py",
+        license="apache-2.0",
+        models=[model],
+        tags=["pegs", "stickers"],
+    )
     values = {"model": model, "stickers": stickers, "variant": variant}
     (folder / "app.py").write_text(render("space_app.py.jinja", **values), "utf-8")
     (folder / "requirements.txt").write_text(REQUIREMENTS, "utf-8")

@@ -1,5 +1,6 @@
 """Generation of text and, in one pass once `[IMG1]` is chosen, of the whole [IMG] span."""
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,6 +12,17 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
+
+
+UNSUPPORTED = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+)
 
 
 @dataclass
@@ -25,7 +37,8 @@ class PegsGenerateOutput(ModelOutput):
         sticker_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): The image decoder's condition; zero without a sticker.
         sticker_logit (`torch.Tensor` of shape `(B,)`): The model's own log-odds of `[IMG1]` against the end of the reply where the text ended, before
             any processor or shift; NaN for a reply that was cut.
-        past_key_values (`Cache`, *optional*): Cache to pass to the next turn of the conversation; `None` after beam search.
+        past_key_values ([`PegsCache`], *optional*): To pass to the next turn of the conversation; `None` after beam search, for several replies to one prompt,
+            and with a static cache.
 
     """
 
@@ -34,7 +47,7 @@ class PegsGenerateOutput(ModelOutput):
     sticker_queries: torch.Tensor | None = None
     sticker_prompt_embeds: torch.Tensor | None = None
     sticker_logit: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    past_key_values: "PegsCache | None" = None
 
 
 @runtime_checkable
@@ -242,7 +255,7 @@ class PegsGenerationMixin:
         sticker_rate: float | str | None = None,
         sticker_bias: float | None = None,
         num_drafts: int | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: PegsCache | None = None,
         logits_processor: LogitsProcessorList | None = None,
         streamer: BaseStreamer | None = None,
         return_dict_in_generate: bool = True,
@@ -265,23 +278,26 @@ class PegsGenerationMixin:
             num_drafts (`int`, *optional*): How many texts are sampled for each reply, of which the one with the highest mean log-probability is kept: what a small
                 model is surest of makes the most sense. Defaults to the generation config's, else 1; always 1 without sampling, for several replies to one
                 prompt, with a streamer or with a static cache. The prompt is read once.
-            past_key_values (`Cache`, *optional*): The last output's `past_key_values`, for the next turn of the same conversation. `input_ids` and
+            past_key_values ([`PegsCache`], *optional*): The last output's `past_key_values`, for the next turn of the same conversation. `input_ids` and
                 `pixel_values` are the whole conversation nonetheless; what does not agree with the cache is computed anew. The cache is changed in place.
             logits_processor (`LogitsProcessorList`, *optional*): More processors.
             streamer (`BaseStreamer`, *optional*): Gets the tokens of the text and its end token; a [`StickerStreamer`] then gets the sticker.
             return_dict_in_generate (`bool`, *optional*, defaults to `True`): With `False`, the sequences alone are returned.
-            kwargs: As for `transformers.GenerationMixin.generate`.
+            kwargs: As for `transformers.GenerationMixin.generate`, without assisted decoding and what it returns of each step (`output_scores` and the like).
 
         Returns:
             [`PegsGenerateOutput`] or `torch.Tensor`.
 
         Raises:
-            ValueError: If placeholders and stickers do not match in number, the rate is none or the checkpoint was not calibrated for rates, or a
-                cache is passed to beam search or for several replies to one prompt.
+            ValueError: If placeholders and stickers do not match in number, the rate is none or the checkpoint was not calibrated for rates, a
+                cache is no [`PegsCache`] or passed to beam search, for several replies to one prompt or with a static cache, or an argument is not supported.
 
         """
         others = {name: value for name, value in kwargs.items() if name != "generation_config"}
         settings, _ = self._prepare_generation_config(kwargs.get("generation_config"), **others)
+        for name in UNSUPPORTED:
+            if kwargs.get(name) or vars(settings).get(name):
+                raise ValueError(f"`{name}` is not supported by `PegsModel.generate`.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.check_placeholders(input_ids, pixel_values)
@@ -299,34 +315,43 @@ class PegsGenerationMixin:
         if not sampled or copies > 1 or streamer is not None or settings.cache_implementation is not None:
             drafts = 1
         restraint = StickerLogitsProcessor(img1_id, stop_ids, added_id, prompt_length, notes_log_probs=drafts > 1)
-        if past_key_values is not None and (has_beams or copies > 1):
+        is_static = settings.cache_implementation is not None
+        if past_key_values is not None and (has_beams or copies > 1 or is_static):
             raise ValueError(
-                "`past_key_values` is of one conversation a row; pass `num_beams=1` and `num_return_sequences=1`, or no cache."
+                "`past_key_values` is of one conversation a row; pass `num_beams=1`, `num_return_sequences=1` and no `cache_implementation`, or no cache."
             )
+        if not isinstance(past_key_values, PegsCache | None):
+            raise ValueError(
+                f"`past_key_values` must be a `PegsCache`, which knows its tokens, got {type(past_key_values).__name__}."
+            )
+        own = {"pad_token_id": pad_id, "return_dict_in_generate": True, "use_cache": True}
         identified, new_pixel_values = None, pixel_values
-        if settings.cache_implementation is not None:
+        if is_static:
             room = settings.max_new_tokens or settings.max_length
             kwargs["max_cache_len"] = prompt_length + room + self.config.num_img_tokens
         elif past_key_values is None and not has_beams and copies == 1:
             past_key_values = PegsCache(self.config.text_config)
         if past_key_values is not None:
-            if isinstance(past_key_values, PegsCache):
-                identified = identify_tokens(input_ids, attention_mask, pixel_values, self.config.image_token_id)
-                past_key_values.keep_prefix(identified)
+            identified = identify_tokens(input_ids, attention_mask, pixel_values, self.config.image_token_id)
+            past_key_values.keep_prefix(identified)
             kwargs["past_key_values"] = past_key_values
             new_pixel_values = self._drop_pixel_values(input_ids, pixel_values, int(past_key_values.get_seq_length()))
         if drafts > 1:
             if past_key_values.get_seq_length() < prompt_length - 1:  # the last token is read by each draft
                 self._read(input_ids[:, :-1], attention_mask[:, :-1], new_pixel_values, past_key_values)
             past_key_values.batch_repeat_interleave(drafts)
-            new_pixel_values, kwargs["num_return_sequences"] = None, drafts
+            new_pixel_values, own["num_return_sequences"] = None, drafts
+        if kwargs.get("generation_config") is not None:  # transformers wants all settings in one place
+            kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            kwargs["generation_config"].update(**own)
+            own = {}
         output = super().generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             pixel_values=new_pixel_values,
             logits_processor=LogitsProcessorList([restraint, *(logits_processor or [])]),
             streamer=streamer,
-            **{**kwargs, "pad_token_id": pad_id, "return_dict_in_generate": True, "use_cache": True},
+            **{**kwargs, **own},
         )
         attention_mask = attention_mask.repeat_interleave(copies, dim=0)
         sequences, step_odds = output.sequences, torch.stack(restraint.odds, dim=1)
@@ -357,7 +382,7 @@ class PegsGenerationMixin:
             sequences=self._write_spans(sequences, sticker_mask, ends, pad_id),
             sticker_mask=sticker_mask,
             sticker_logit=odds.masked_fill(was_cut, torch.nan),
-            past_key_values=None if has_beams else cache,
+            past_key_values=past_key_values,
         )
         self._add_sticker_heads(result, spans)
         if isinstance(streamer, StickerStreamer) and bool(sticker_mask.any()):

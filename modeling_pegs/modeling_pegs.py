@@ -37,8 +37,8 @@ ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 POSITIONS_AT_ONCE = 256
 # Arguments of `from_pretrained` that a referenced language model is loaded with as well.
-SHARED_ARGUMENTS = ("device_map", "max_memory", "offload_folder", "attn_implementation")
-DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+SHARED_ARGUMENTS = ("device_map", "max_memory", "offload_folder")
+DOWNLOAD_ARGUMENTS = ("token", "cache_dir", "local_files_only")
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
 
 
@@ -93,11 +93,11 @@ class AddedVocabulary(nn.Module):
         is_added = input_ids >= self.first_id
         old = base_embedding(input_ids.masked_fill(is_added, 0))
         new = self.embedding((input_ids - self.first_id).clamp(min=0))
-        return torch.where(is_added.unsqueeze(-1), new.to(old.dtype), old)
+        return torch.where(is_added.unsqueeze(-1), new.to(old), old)
 
     def extend(self, hidden_states: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
         """Scores of the extended vocabulary: those of the base up to `first_id`, then the added ones."""
-        added_logits = self.head(hidden_states.to(self.head.weight.dtype)).to(base_logits.dtype)
+        added_logits = self.head(hidden_states.to(self.head.weight)).to(base_logits)
         return torch.cat([base_logits[..., : self.first_id], added_logits], dim=-1)
 
 
@@ -197,6 +197,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         language_model_path: str | None = None,
         vision_model_path: str | None = None,
         quantization_config: object = None,
+        attn_implementation: str | None = None,
         **kwargs,
     ) -> "PegsModel":
         """
@@ -208,8 +209,10 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             vision_model_path (`str`, *optional*): Folder of the vision checkpoint; see [`find_vision_model`] for the other way.
             quantization_config (`QuantizationConfigMixin`, *optional*): For the referenced language model, e.g. a `BitsAndBytesConfig`; all
                 else keeps its precision.
+            attn_implementation (`str`, *optional*): Of the language model, e.g. `"flash_attention_2"`.
             *args: As for `PreTrainedModel.from_pretrained`.
-            **kwargs: As for `PreTrainedModel.from_pretrained`; `device_map` and `attn_implementation` hold for the language model too.
+            **kwargs: As for `PreTrainedModel.from_pretrained`; `device_map`, and where and how files are looked for (`token`, `cache_dir`, `local_files_only`), hold for
+                referenced models too.
 
         Returns:
             `PegsModel`: In evaluation mode.
@@ -222,25 +225,30 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         """
         _refuse_pickles(Path(pretrained_model_name_or_path, kwargs.get("subfolder", "")), "*.safetensors")
         info = kwargs.pop("output_loading_info", False)
-        model, loading = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, in one line
-            **kwargs,
-        )
+        download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+        fixed = {
+            "output_loading_info": True,
+            "use_safetensors": True,
+            "ignore_mismatched_sizes": True,  # they are refused below, in one line
+        }
+        if attn_implementation is not None:
+            fixed["attn_implementation"] = {"text_config": attn_implementation}
+        model, loading = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **fixed})
         for name, found, expected in sorted(loading["mismatched_keys"]):
             raise ValueError(_mismatch(pretrained_model_name_or_path, name, found, expected))
         referenced = model.referenced_parts()
         for name in sorted(name for name in loading["missing_keys"] if name.partition(".")[0] not in referenced):
             raise ValueError(f"{pretrained_model_name_or_path}: the tensor {name} is missing.")
         if referenced:
-            load_vision(model, find_vision_model(model.config.vision_source, vision_model_path), referenced)
+            load_vision(
+                model, find_vision_model(model.config.vision_source, vision_model_path, **download), referenced
+            )
         if model.config.language_model is not None:
-            folder = find_language_model(model.config.language_model, language_model_path)
+            folder = find_language_model(model.config.language_model, language_model_path, **download)
             _refuse_pickles(folder, "*.safetensors")
             shared = {name: kwargs[name] for name in SHARED_ARGUMENTS if name in kwargs}
+            if attn_implementation is not None:
+                shared["attn_implementation"] = attn_implementation
             if quantization_config is not None:
                 shared["quantization_config"] = quantization_config
             language_model = AutoModelForCausalLM.from_pretrained(
@@ -603,7 +611,7 @@ def _checkpoint_folder(name_or_path: str | os.PathLike, kwargs: dict) -> Path:
     """The checkpoint's folder, with its adapter; from the Hub, with the arguments `kwargs` of `from_pretrained` that concern it."""
     subfolder = kwargs.get("subfolder", "")
     if not Path(name_or_path).is_dir():
-        shared = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+        shared = {name: kwargs[name] for name in ("revision", *DOWNLOAD_ARGUMENTS) if name in kwargs}
         name_or_path = snapshot_download(
             str(name_or_path), allow_patterns=[str(Path(subfolder, ADAPTER_FOLDER, "*"))], **shared
         )

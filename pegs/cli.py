@@ -96,7 +96,10 @@ def respond(
     pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant)
     check_rate(pipeline.model, sticker_rate)
     load_seconds = time.perf_counter() - started
-    reply = pipeline(dialogue, variant=variant, seed=seed, sticker_rate=sticker_rate)
+    try:
+        reply = pipeline(dialogue, variant=variant, seed=seed, sticker_rate=sticker_rate)
+    except ValueError as error:  # too long for the model
+        raise InputError(f"{messages}: {error}") from error
     response = write_reply(reply, out, load_seconds)
     if as_json:
         typer.echo(json.dumps(response, ensure_ascii=False))

@@ -262,7 +262,14 @@ class PegsPipeline:
         return reply
 
     def encode(self, messages: list[dict], max_new_tokens: int) -> Any:
-        """The model's inputs for a dialogue, without the oldest exchanges where there is else no room for `max_new_tokens` and a sticker."""
+        """
+        The model's inputs for a dialogue, without the oldest exchanges where there is else no room for `max_new_tokens` and a sticker; a system message stays.
+
+        Raises:
+            ValueError: If there is no room for the last message.
+
+        """
+        first = int(messages[0]["role"] == "system")
         room = (
             self.model.config.text_config.max_position_embeddings - max_new_tokens - self.model.config.num_img_tokens
         )
@@ -273,9 +280,9 @@ class PegsPipeline:
             length = inputs["input_ids"].shape[1]
             if length <= room:
                 return inputs.to(self.model.device)
-            if len(messages) < 3:
+            if len(messages) < first + 3:
                 raise ValueError(f"The last message has {length} tokens, and the model can read {room}.")
-            messages = messages[2:]
+            messages = [*messages[:first], *messages[first + 2 :]]
 
     def serves(self, variant: str) -> bool:
         """Whether this model, with or without a decoder, can act as `variant`."""

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 logger = logging.getLogger(__name__)
 
 
-def find_language_model(reference: dict, path: str | os.PathLike | None = None) -> Path:
+def find_language_model(reference: dict, path: str | os.PathLike | None = None, **download: object) -> Path:
     """
     Find the folder of a referenced language model, in this order: explicit path, installed package, Hub.
 
     Args:
         reference (`dict`): `hub_id`, and for weights that a Python package carries `package` and `gguf_file`.
         path (`str` or `os.PathLike`, *optional*): Explicit folder; defaults to the environment variable `PEGS_LANGUAGE_MODEL`.
+        **download: Arguments of `huggingface_hub.snapshot_download`, such as `token`.
 
     Returns:
         `Path`: A folder that `AutoModelForCausalLM.from_pretrained` reads.
@@ -44,7 +45,9 @@ def find_language_model(reference: dict, path: str | os.PathLike | None = None) 
         return convert_gguf(Path(spec.origin).parent / reference["gguf_file"])
     try:
         return Path(
-            snapshot_download(reference["hub_id"], allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
+            snapshot_download(
+                reference["hub_id"], allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"], **download
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         ways = [
@@ -59,13 +62,14 @@ def find_language_model(reference: dict, path: str | os.PathLike | None = None) 
         ) from error
 
 
-def find_vision_model(reference: dict, path: str | os.PathLike | None = None) -> Path:
+def find_vision_model(reference: dict, path: str | os.PathLike | None = None, **download: object) -> Path:
     """
     Find the folder of a referenced vision checkpoint: explicit path, or Hub.
 
     Args:
         reference (`dict`): `hub_id`, a folder or Hub id.
         path (`str` or `os.PathLike`, *optional*): Explicit folder; defaults to the environment variable `PEGS_VISION_MODEL`.
+        **download: As for [`find_language_model`].
 
     Returns:
         `Path`: A folder with safetensors files.
@@ -81,7 +85,7 @@ def find_vision_model(reference: dict, path: str | os.PathLike | None = None) ->
             raise FileNotFoundError(f"The vision model folder {folder} has no safetensors files.")
         return folder
     try:
-        return Path(snapshot_download(reference["hub_id"], allow_patterns=["*.safetensors"]))
+        return Path(snapshot_download(reference["hub_id"], allow_patterns=["*.safetensors"], **download))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise FileNotFoundError(
             f"The vision model {reference['hub_id']} was not found; pass `vision_model_path=` (or set PEGS_VISION_MODEL) to its folder; "

@@ -17,6 +17,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -189,6 +190,21 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 return None
         return self._emotion_states
 
+    @property
+    def guidance_scale(self) -> float:
+        """Classifier-free guidance of the call that is going on, for its callback."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that is going on, for its callback."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback wants the call that is going on to take no more steps."""
+        return self._interrupt
+
     def set_scheduler(self, name: str) -> None:
         """
         Change the scheduler, keeping what the model was trained with (betas, prediction type).
@@ -258,15 +274,18 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         generator: torch.Generator | list[torch.Generator] | None,
         num_images_per_prompt: int,
         callback_on_step_end_tensor_inputs: list[str],
+        output_type: str,
     ) -> None:
         """
         Check the arguments of a call.
 
         Raises:
             ValueError: If there is not exactly one of `prompt` and `prompt_embeds`, or both of the negative ones, an embedding does not fit the UNet,
-                `strength` is not in (0, 1], there are not as many generators as stickers, or a tensor is asked for that there is not.
+                `strength` is not in (0, 1], there are not as many generators as stickers, or a tensor or type is asked for that there is not.
 
         """
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f'`output_type` must be "pil", "pt" or "latent", got {output_type!r}.')
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -374,10 +393,9 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         timestep: torch.Tensor,
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
-        guidance_scale: float,
     ) -> torch.Tensor:
-        """Denoiser's output `(B, C, h, w)`, with classifier-free guidance if there are `negative_prompt_embeds`."""
-        if negative_prompt_embeds is None:
+        """Denoiser's output `(B, C, h, w)`, with classifier-free guidance if there are `negative_prompt_embeds` and it is on."""
+        if negative_prompt_embeds is None or self.guidance_scale <= 1:
             return self._each_alone(
                 lambda x, c: self.unet(x, timestep, encoder_hidden_states=c).sample, latents, prompt_embeds
             )
@@ -385,7 +403,7 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         def guided(x: torch.Tensor, c: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
             both = self.unet(torch.cat([x, x]), timestep, encoder_hidden_states=torch.cat([n, c])).sample
             unconditional, conditional = both.chunk(2)
-            return unconditional + guidance_scale * (conditional - unconditional)
+            return unconditional + self.guidance_scale * (conditional - unconditional)
 
         return self._each_alone(guided, latents, prompt_embeds, negative_prompt_embeds)
 
@@ -457,9 +475,11 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             transparent (`bool`, *optional*, defaults to `False`): Whether to cut out the white ground that decoders without alpha draw on.
             size (`int`, *optional*): Side of the sticker in pixels, defaults to the autoencoder's.
             outline (`float`, *optional*, defaults to 0.0): Width of a white rim as a share of the side.
-            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, or `"pt"` (raw autoencoder output in `[-1, 1]`) or `"latent"`, which are not safety checked.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, or `"pt"` (what the autoencoder gives, in `[0, 1]`) or `"latent"`, which are neither
+                safety checked nor finished.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`StickerPipelineOutput`] or its fields as a tuple.
-            callback_on_step_end (`Callable`, *optional*): `(pipeline, step, timestep, tensors) -> tensors` after each step; what it returns is gone on with.
+            callback_on_step_end (`Callable`, *optional*): `(pipeline, step, timestep, tensors) -> tensors` after each step; what it returns is gone on with. A
+                [`~diffusers.callbacks.PipelineCallback`] says itself which tensors it wants; `pipeline._interrupt = True` leaves the other steps out.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`): Which tensors it gets: `latents`, `prompt_embeds`,
                 `negative_prompt_embeds`.
 
@@ -470,6 +490,8 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             ValueError: On arguments that do not fit; see [`StickerPipeline.check_inputs`].
 
         """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             prompt,
             prompt_embeds,
@@ -479,9 +501,11 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             generator,
             num_images_per_prompt,
             callback_on_step_end_tensor_inputs,
+            output_type,
         )
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self._interrupt = False
         device, dtype = self._execution_device, self.unet.dtype
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(prompt, emotion, emotion_scale)
@@ -489,7 +513,7 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             prompt_embeds = self.shift_emotion(prompt_embeds, emotion, emotion_scale)
         prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
         batch_size = len(prompt_embeds)
-        if scale <= 1:
+        if self.guidance_scale <= 1:
             negative_prompt_embeds = None
         else:
             if negative_prompt_embeds is None:
@@ -499,14 +523,17 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
 
         timesteps = self.prepare_timesteps(steps, 1.0 if init_image is None else strength)
+        self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(batch_size, dtype, generator, init_image, timesteps[:1], num_images_per_prompt)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
 
         with self.progress_bar(total=len(timesteps)) as progress:
             for step, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    break
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-                noise = self.predict_noise(model_input, timestep, prompt_embeds, negative_prompt_embeds, scale)
+                noise = self.predict_noise(model_input, timestep, prompt_embeds, negative_prompt_embeds)
                 latents = self.scheduler.step(noise, timestep, latents, **step_kwargs).prev_sample
                 if callback_on_step_end is not None:
                     tensors = {
@@ -528,7 +555,9 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             images = self._each_alone(
                 lambda rows: self.vae.decode(rows).sample, latents / self.vae.config.scaling_factor
             )
-        if output_type == "pil":
+        if output_type == "pt":
+            images = self.image_processor.denormalize(images)
+        elif output_type == "pil":
             images = self.postprocess(images)
             blocked = check_images(images, self.safety_checker, self.feature_extractor)
             if transparent:

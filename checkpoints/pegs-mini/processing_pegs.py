@@ -4,11 +4,21 @@ import io
 import os
 from typing import Any
 
+import httpx
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 
 
 MAX_IMAGE_PIXELS = 64_000_000
+PROCESSOR_ARGUMENTS = (
+    "padding",
+    "padding_side",
+    "pad_to_multiple_of",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "add_special_tokens",
+)
 
 
 class StickerImageError(ValueError):
@@ -41,7 +51,7 @@ def load_sticker(source: str | os.PathLike | bytes | Image.Image) -> Image.Image
         image = ImageOps.exif_transpose(image).convert("RGBA")
     except FileNotFoundError:
         raise StickerImageError(f"{name}: no such file.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         if isinstance(error, StickerImageError):
             raise
         raise StickerImageError(f"{name}: not a readable image ({error}).") from None
@@ -80,17 +90,21 @@ class PegsProcessor(ProcessorMixin):
 
         Args:
             text (`str` or `list[str]`): Texts with `<IMG>` where a sticker stands.
-            images (`list`, *optional*): The stickers of all texts in order, files or pictures; a list a text is flattened.
+            images (`list`, *optional*): The stickers of all texts in order, files or pictures; or a list a text.
             kwargs: As for the tokenizer: `padding`, `padding_side`, `truncation`, `max_length`, `add_special_tokens`, `return_tensors`.
 
         Returns:
             `BatchFeature`: `input_ids`, `attention_mask` of shape `(B, T)`, and `pixel_values` `(N, 3, height, width)` if there are stickers.
 
         Raises:
-            ValueError: If the texts have not as many `<IMG>` as there are stickers.
+            ValueError: If the texts, or one of them, have not as many `<IMG>` as there are stickers for them.
 
         """
         texts = [text] if isinstance(text, str) else list(text)
+        if images and all(isinstance(item, list | tuple) for item in images):
+            wanted, given = [item.count(self.image_token) for item in texts], [len(item) for item in images]
+            if wanted != given:
+                raise ValueError(f"The texts have {wanted} {self.image_token}, but there are {given} stickers.")
         flat = [image for item in images or [] for image in (item if isinstance(item, list | tuple) else [item])]
         num_placeholders = sum(item.count(self.image_token) for item in texts)
         if num_placeholders != len(flat):
@@ -139,37 +153,55 @@ class PegsProcessor(ProcessorMixin):
 
         Args:
             conversation (`list`): A dialogue `[{"role": ..., "content": [{"type": "text", "text": ...}, {"type": "image", "path": ...}]}, ...]`, or a
-                list of them. A sticker is given as `path`, or as `image` (a file name, an encoded picture, or a picture).
+                list of them. A sticker is given as `path`, as `image` (a file name, an encoded picture, or a picture), or as `url`.
             chat_template (`str`, *optional*): Another template.
-            kwargs: `add_generation_prompt`, `continue_final_message`, `tokenize`, `return_dict`, `return_tensors`, and what `__call__` takes, also as a
-                dictionary `processor_kwargs`; `padding` is `True` and `padding_side` `"left"` unless given.
+            kwargs: `add_generation_prompt`, `continue_final_message`, `tokenize`, `return_dict`, `return_tensors`, what `__call__` takes, also as a
+                dictionary `processor_kwargs`, and variables of the template; `padding` is `True` and `padding_side` `"left"` unless given.
 
         Returns:
-            `str`, `list[str]` or `BatchFeature`: As in transformers; a tokenized single dialogue is a batch of one.
+            `str`, `list[str]`, `BatchFeature`, or with `return_dict=False` its `input_ids`: As in transformers; a tokenized single dialogue is a batch of one.
+
+        Raises:
+            ValueError: If a sticker is given in no way, or cannot be read.
 
         """
         is_single = isinstance(conversation[0], dict)
         conversations = [conversation] if is_single else conversation
+        is_tokenized, is_dict = kwargs.pop("tokenize", False), kwargs.pop("return_dict", True)
+        options = {"padding": True, "padding_side": "left"}
+        options |= {name: kwargs.pop(name) for name in PROCESSOR_ARGUMENTS if name in kwargs}
+        options |= kwargs.pop("processor_kwargs", None) or {}
         prompt = self.tokenizer.apply_chat_template(
             [_without_control_tokens(messages, self.tokenizer) for messages in conversations],
             chat_template=chat_template or self.chat_template,
-            add_generation_prompt=kwargs.pop("add_generation_prompt", False),
-            continue_final_message=kwargs.pop("continue_final_message", False),
             tokenize=False,
+            **kwargs,
         )
-        if not kwargs.pop("tokenize", False):
+        if not is_tokenized:
             return prompt[0] if is_single else prompt
-        kwargs.pop("return_dict", None)
-        kwargs.update(kwargs.pop("processor_kwargs", None) or {})
         images = [
-            part.get("path") or part.get("image") or part.get("url")
+            _picture_of(part)
             for messages in conversations
             for message in messages
             if not isinstance(message["content"], str)
             for part in message["content"]
             if part["type"] == "image"
         ]
-        return self(prompt, images, add_special_tokens=False, **{"padding": True, "padding_side": "left", **kwargs})
+        inputs = self(prompt, images, **{"add_special_tokens": False, **options})
+        return inputs if is_dict else inputs["input_ids"]
+
+
+def _picture_of(part: dict) -> str | os.PathLike | bytes | Image.Image:
+    """What an image part of a message gives its sticker as."""
+    if isinstance(url := part.get("url"), str) and url.startswith(("http://", "https://")):
+        try:
+            return httpx.get(url, timeout=10, follow_redirects=True).raise_for_status().content
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise StickerImageError(f"{url}: cannot be fetched ({error}).") from error
+    for key in ("path", "image", "url"):
+        if part.get(key) is not None:
+            return part[key]
+    raise ValueError(f"An image part of a message needs `path`, `image` or `url`; got {sorted(part)}.")
 
 
 def _without_control_tokens(messages: list[dict], tokenizer: Any) -> list[dict]:

@@ -135,14 +135,17 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         return parts
 
     def undo(history: list[dict], shown: list[dict]):
-        """Take the last exchange back and put its text into the box."""
-        if not history:
+        """Take the last exchange back, or the message that still waits for its reply, and put its text into the box."""
+        if not shown:
             return shown, history, ""
+        waits = shown[-1]["role"] == "user"
         last_user = max(i for i, item in enumerate(shown) if item["role"] == "user")
         while last_user and shown[last_user - 1]["role"] == "user":
             last_user -= 1
-        text = next((part["text"] for part in history[-2]["message"]["content"] if part["type"] == "text"), "")
-        return shown[:last_user], history[:-2], text
+        text = shown[last_user]["content"]
+        if not isinstance(text, str):  # a picture alone; gradio gives back texts as lists of parts
+            text = next((part["text"] for part in text if isinstance(part, dict) and part.get("type") == "text"), "")
+        return shown[:last_user], history if waits else history[:-2], text
 
     with gr.Blocks(title="PEGS: words and stickers") as page:
         history = gr.State([])
@@ -195,9 +198,11 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         gallery.select(pick, shelf, picked)
         inputs = [box, upload, picked, history, kind, rate, seed, chatbot]
         outputs = [chatbot, history, box, upload, picked]
-        gr.on([box.submit, button.click], send, inputs, outputs)  # one event, so that only one message is under way
-        undo_button.click(undo, [history, chatbot], [chatbot, history, box])
-        clear_button.click(lambda: ([], [], "", None, None), None, outputs)
+        sending = gr.on(
+            [box.submit, button.click], send, inputs, outputs
+        )  # one event, so that only one message is under way
+        undo_button.click(undo, [history, chatbot], [chatbot, history, box], cancels=[sending])
+        clear_button.click(lambda: ([], [], "", None, None), None, outputs, cancels=[sending])
     return page
 
 

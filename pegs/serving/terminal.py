@@ -46,7 +46,14 @@ def run_terminal(pipeline: PegsPipeline, variant: str, sticker_rate: float | Non
         elif line:
             messages.append({"role": "user", "content": [{"type": "text", "text": line}, *pending]})
             pending = []
-            reply = pipeline(messages, variant=variant, seed=len(messages), exclude=sent, sticker_rate=sticker_rate)
+            try:
+                reply = pipeline(
+                    messages, variant=variant, seed=len(messages), exclude=sent, sticker_rate=sticker_rate
+                )
+            except ValueError as error:  # too long for the model
+                console.print(str(error), style="red", markup=False)
+                messages.pop()
+                continue
             content: list[dict] = [{"type": "text", "text": reply.text}]
             console.print("[bold]pegs[/bold]", escape(reply.text))
             if reply.sticker is not None:

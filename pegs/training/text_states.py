@@ -1,10 +1,19 @@
 """MiniLM's token states of captions: the mini decoder's text condition, and the target of the feature mapper (eq. 9)."""
 
+from functools import cache
+
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset_builders.stickers.encoder import packaged_encoder
+
+
+@cache
+def load_minilm() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The packaged MiniLM, loaded once."""
+    folder = packaged_encoder()
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
 
 @torch.no_grad()
@@ -20,8 +29,7 @@ def encode_captions(captions: list[str], max_length: int) -> torch.Tensor:
         `torch.Tensor` of shape `(len(captions), L, 384)`.
 
     """
-    folder = packaged_encoder()
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, model = load_minilm()
     states = []
     for start in range(0, len(captions), 64):
         chunk = captions[start : start + 64]

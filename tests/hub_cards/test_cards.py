@@ -1,6 +1,7 @@
 """Cards say what the folder holds, and what was measured."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -44,6 +45,13 @@ def test_a_checkpoints_card_has_the_runs_own_numbers(checkpoint):
         assert line in text, line
     assert 'AutoProcessor.from_pretrained("ines/pegs"' in text and "DiffusionPipeline" not in text
     assert "manipulate" in text and "NSFW" in text
+
+
+def test_an_adapters_card_names_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "ines/llama"}))
+    text = checkpoint_card(tmp_path, "ines/adapter", CardOptions())
+    assert ModelCard(text).data.base_model == "ines/llama"
+    assert 'AutoPeftModelForCausalLM.from_pretrained("ines/adapter")' in text
 
 
 def test_a_bare_checkpoints_card_leaves_out_what_nobody_measured(tmp_path):
@@ -111,6 +119,9 @@ def test_kinds(tmp_path):
     assert '"ines/pegs", "ines/cats"), "rag"' in (tmp_path / "space" / "app.py").read_text()
     front = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])
     assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", ["ines/pegs"])
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    assert f'python_requires=">={front["python_version"]}"' in setup
+    assert f'"gradio>={front["sdk_version"].rpartition(".")[0]},' in setup
     with pytest.raises(KindError, match="`pegs card --space`"):
         write_card(tmp_path / "space", "", CardOptions())
 

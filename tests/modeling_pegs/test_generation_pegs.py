@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, TextStreamer
@@ -383,7 +385,10 @@ def test_the_likeliest_of_several_drafts_is_kept(model, processor, monkeypatch):
 def test_a_generation_config_may_be_passed(model, processor):
     inputs = prompts(processor, tiny.dialogue())
     config = GenerationConfig(do_sample=False, max_new_tokens=3, eos_token_id=tiny.EOS)
-    passed = model.generate(**inputs, generation_config=config, sticker_bias=-torch.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        passed = model.generate(**inputs, generation_config=config, sticker_bias=-torch.inf)
+    assert config.use_cache is None or config.pad_token_id is None  # it is the caller's
     written = model.generate(
         **inputs, do_sample=False, max_new_tokens=3, eos_token_id=tiny.EOS, sticker_bias=-torch.inf
     )
@@ -397,6 +402,25 @@ def test_a_static_cache_gives_what_the_dynamic_one_gives(model, processor):
     assert torch.equal(static.sequences, dynamic.sequences)
     torch.testing.assert_close(static.sticker_queries, dynamic.sticker_queries, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(static.sticker_prompt_embeds, dynamic.sticker_prompt_embeds, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2}, {"cache_implementation": "static"}]
+)
+def test_only_a_cache_that_knows_its_tokens_is_given_and_taken(model, processor, kwargs):
+    inputs = prompts(processor, tiny.dialogue())
+    assert model.generate(**inputs, **{**ALWAYS, **kwargs}).past_key_values is None
+    kept = model.generate(**inputs, **ALWAYS).past_key_values
+    with pytest.raises(ValueError, match="of one conversation a row"):
+        model.generate(**inputs, **{**ALWAYS, **kwargs}, past_key_values=kept)
+    with pytest.raises(ValueError, match="must be a `PegsCache`.*got DynamicCache"):
+        model.generate(**inputs, **ALWAYS, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "output_scores", "assistant_model"])
+def test_what_generate_cannot_do_it_says(model, processor, name):
+    with pytest.raises(ValueError, match=f"`{name}` is not supported"):
+        model.generate(**prompts(processor, tiny.dialogue()), **ALWAYS, **{name: 4})
 
 
 def test_without_a_dictionary_there_are_the_sequences_alone(model, processor):

@@ -4,10 +4,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-from modeling_pegs import PegsConfig, PegsModel, modeling_pegs
+from modeling_pegs import PegsConfig, PegsModel, backbones, modeling_pegs
+from modeling_pegs.modeling_pegs import AddedVocabulary
 from modeling_pegs.retrieval_head import info_nce_loss
 from tests.fixtures import tiny
 
@@ -320,6 +323,47 @@ def test_device_map_and_quantisation_reach_the_language_model(referring, monkeyp
     with pytest.raises(ValueError, match="holds its own"):
         model.merge().save_pretrained(referring / "merged")
         PegsModel.from_pretrained(referring / "merged", quantization_config=config)
+
+
+def test_what_transformers_takes_is_taken(referring, monkeypatch):
+    model = PegsModel.from_pretrained(
+        referring / "pegs",
+        language_model_path=referring / "backbone",
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        attn_implementation="flex_attention",
+    )
+    assert model.causal_lm.config._attn_implementation == "flex_attention"
+    model.merge().save_pretrained(referring / "merged")
+    merged = PegsModel.from_pretrained(referring / "merged", attn_implementation="flex_attention")
+    assert merged.causal_lm.config._attn_implementation == "flex_attention"
+    seen = {}
+    monkeypatch.setattr(backbones, "snapshot_download", lambda *_, **kwargs: seen.update(kwargs) or referring / "backbone")  # fmt: skip
+    PegsModel.from_pretrained(referring / "pegs", token="hf_x", cache_dir=str(referring), local_files_only=True)
+    assert (seen["token"], seen["cache_dir"], seen["local_files_only"]) == ("hf_x", str(referring), True)
+
+
+class Placed(nn.Module):
+    """A module as accelerate dispatches it: what comes is moved to where its weight lies."""
+
+    def __init__(self, function, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.function, self.weight = function, weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x.to(self.weight.device), self.weight)
+
+
+def test_added_rows_may_lie_on_another_device_than_the_language_model():
+    """Accelerate places both by themselves and moves only what goes into a module's `forward`."""
+    with torch.no_grad(), FakeTensorMode():
+        rows = AddedVocabulary(3, 8, first_id=10)
+        rows.embedding = Placed(nn.functional.embedding, torch.zeros(3, 8, device="cuda:1"))
+        rows.head = Placed(nn.functional.linear, torch.zeros(3, 8, device="cuda:1"))
+        base = Placed(nn.functional.embedding, torch.zeros(10, 8))
+        embedded = rows.embed(torch.zeros(1, 2, dtype=torch.long), base)
+        logits = rows.extend(embedded, torch.zeros(1, 2, 10))
+    assert embedded.device == logits.device == torch.device("cpu") and logits.shape == (1, 2, 13)
 
 
 def test_frozen_perception_is_referred_to_and_not_copied(tmp_path, monkeypatch):

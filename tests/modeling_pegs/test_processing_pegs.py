@@ -1,5 +1,7 @@
 import io
 
+import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,6 +45,44 @@ def test_a_message_cannot_forge_control_tokens(processor, model):
 def test_stickers_and_marks_must_match(processor):
     with pytest.raises(ValueError, match="have 2 <IMG>, but there are 1 stickers"):
         processor("<IMG> and <IMG>", [tiny.picture()])
+
+
+def test_each_text_has_its_own_stickers(processor):
+    with pytest.raises(ValueError, match=r"have \[2, 0\] <IMG>, but there are \[1, 1\] stickers"):
+        processor(["<IMG><IMG>", "x"], [[tiny.picture()], [tiny.picture()]])
+
+
+def test_a_chat_template_takes_what_those_of_transformers_take(processor):
+    dialogue = tiny.dialogue()
+    inputs = processor.apply_chat_template(dialogue, tokenize=True, return_tensors="pt")
+    ids = processor.apply_chat_template(dialogue, tokenize=True, return_tensors="pt", return_dict=False)
+    assert torch.equal(ids, inputs["input_ids"])
+    assert processor.apply_chat_template(dialogue, chat_template="{{ mood }}", mood="glad") == "glad"
+
+
+def test_a_sticker_may_be_an_address(processor, monkeypatch):
+    buffer, asked = io.BytesIO(), []
+    tiny.picture().save(buffer, "PNG")
+
+    def answer(request):
+        asked.append(str(request.url))
+        return httpx.Response(200 if "cat" in request.url.path else 404, content=buffer.getvalue())
+
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(httpx, "get", client.get)
+
+    def read(**part):
+        messages = [{"role": "user", "content": [{"type": "image", **part}]}]
+        return processor.apply_chat_template(messages, tokenize=True, return_tensors="pt")["pixel_values"]
+
+    assert torch.equal(read(url="https://x.org/cat.png"), read(image=tiny.picture()))
+    assert asked == ["https://x.org/cat.png"]
+    with pytest.raises(StickerImageError, match=r"https://x.org/dog.png: cannot be fetched \(.*404"):
+        read(url="https://x.org/dog.png")
+    with pytest.raises(ValueError, match=r"needs `path`, `image` or `url`; got \['type'\]"):
+        read()
+    with pytest.raises(StickerImageError, match="not a readable image"):
+        read(image=np.zeros((4, 4, 3), np.uint8))
 
 
 def test_save_and_load(processor, tmp_path):

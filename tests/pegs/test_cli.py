@@ -83,6 +83,7 @@ def test_respond_is_fast_and_small_enough(messages, tmp_path):
     (["messages.json", "--model", "nowhere"], "--model nowhere: no such folder"),
     (["messages.json", "--stickers", "empty"], "is not a sticker pack: it has no pack.yaml"),
     (["cut.json"], "cut.png: not a readable image"),
+    (["long.json"], "long.json: The last message has "),
 ])  # fmt: skip
 def test_bad_input_gets_one_line_and_exit_2(messages, tmp_path, args, message):
     (tmp_path / "empty").mkdir()
@@ -91,6 +92,7 @@ def test_bad_input_gets_one_line_and_exit_2(messages, tmp_path, args, message):
     (tmp_path / "cut.png").write_bytes((tmp_path / "sad.png").read_bytes()[:60])
     cut = [{"role": "user", "content": [{"type": "image", "path": "cut.png"}]}]
     (tmp_path / "cut.json").write_text(json.dumps(cut))
+    (tmp_path / "long.json").write_text(json.dumps([{"role": "user", "content": "\U0001f9a9" * 8000}]))
     done = pegs("respond", *args, "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())

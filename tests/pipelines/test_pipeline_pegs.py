@@ -186,6 +186,11 @@ def test_of_a_dialogue_that_is_too_long_the_oldest_exchanges_are_not_read(pipeli
     read = pipeline.encode(short, 5)["input_ids"]
     monkeypatch.setattr(config, "max_position_embeddings", read.shape[1] + 5 + pipeline.model.config.num_img_tokens)
     assert torch.equal(pipeline.encode(long, 5)["input_ids"], read)
+    persona = {"role": "system", "content": [{"type": "text", "text": "Be Bob."}]}
+    with monkeypatch.context() as patch:
+        told = pipeline.encode([persona, *short], 5)["input_ids"]
+        patch.setattr(config, "max_position_embeddings", told.shape[1] + 5 + pipeline.model.config.num_img_tokens)
+        assert torch.equal(pipeline.encode([persona, *long], 5)["input_ids"], told)
     with pytest.raises(ValueError, match=r"The last message has \d+ tokens, and the model can read 3\."):
         pipeline.encode(short[-1:], config.max_position_embeddings - pipeline.model.config.num_img_tokens - 3)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from PIL import Image
 
@@ -115,6 +116,26 @@ def test_callbacks_see_every_step_and_may_change_it(decoder):
     assert unchanged.images[0].tobytes() == draw(decoder).images[0].tobytes()
 
 
+def test_callbacks_of_diffusers_turn_guidance_off_and_interrupt(decoder):
+    seen = []
+
+    def watch(pipeline, step, *_):
+        seen.append((step, pipeline.guidance_scale, pipeline.num_timesteps))
+        pipeline._interrupt = step == 1
+        return {}
+
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    draw(decoder, guidance_scale=2.0, callback_on_step_end=MultiPipelineCallbacks([cutoff]))
+    assert decoder.guidance_scale == 0.0
+    draw(decoder, guidance_scale=2.0, callback_on_step_end=watch)
+    assert seen == [(0, 2.0, 3), (1, 2.0, 3)]
+
+
+def test_tensors_are_between_0_and_1(decoder):
+    pixels = draw(decoder, output_type="pt").images
+    assert pixels.shape == (1, 4, 32, 32) and 0 <= pixels.min() < pixels.max() <= 1
+
+
 def test_latents_serve_as_init_image(decoder):
     latents = decoder.encode_image([tiny.picture()])
     one, two = (draw(decoder, init_image=init).images[0].tobytes() for init in (latents, tiny.picture()))
@@ -124,7 +145,7 @@ def test_latents_serve_as_init_image(decoder):
 def test_rag_stays_near_the_init_image_at_low_strength(decoder):
     init = tiny.picture(size=32)
     target = decoder.preprocess(init)
-    reconstruction = decoder.vae.decode(decoder.vae.encode(target).latent_dist.mode()).sample
+    reconstruction = decoder.vae.decode(decoder.vae.encode(target).latent_dist.mode()).sample / 2 + 0.5
 
     def distance(strength: float) -> float:
         picture = draw(decoder, init_image=init, strength=strength, guidance_scale=1.0, output_type="pt").images
@@ -202,6 +223,7 @@ def test_transparency_survives_the_way_in_and_out(decoder):
     ({"prompt_embeds": torch.zeros(2, 5, 24), "generator": [torch.Generator()]}, "as many as there are stickers, 2, got 1"),
     ({"prompt_embeds": torch.zeros(3, 5, 24), "init_image": [tiny.picture()] * 2}, "as many as there are prompts, 3, got 2"),
     ({"prompt_embeds": torch.zeros(1, 5, 24), "callback_on_step_end_tensor_inputs": ["x"]}, r"must be among .*, got \['x'\]"),
+    ({"prompt_embeds": torch.zeros(1, 5, 24), "output_type": "PIL"}, '`output_type` must be .*, got .PIL'),
     ({"prompt_embeds": torch.zeros(1, 5, 24), "emotion": "anger"}, "needs `emotion_states`"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(decoder, kwargs, message):
