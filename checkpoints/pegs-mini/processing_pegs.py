@@ -2,9 +2,10 @@
 
 import io
 import os
+from http.client import HTTPException
 from typing import Any
+from urllib.request import Request, urlopen
 
-import httpx
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 
@@ -195,8 +196,9 @@ def _picture_of(part: dict) -> str | os.PathLike | bytes | Image.Image:
     """What an image part of a message gives its sticker as."""
     if isinstance(url := part.get("url"), str) and url.startswith(("http://", "https://")):
         try:
-            return httpx.get(url, timeout=10, follow_redirects=True).raise_for_status().content
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            with urlopen(Request(url, headers={"User-Agent": "pegs"}), timeout=10) as answer:
+                return answer.read()
+        except (OSError, HTTPException) as error:
             raise StickerImageError(f"{url}: cannot be fetched ({error}).") from error
     for key in ("path", "image", "url"):
         if part.get(key) is not None:

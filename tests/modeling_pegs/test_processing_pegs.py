@@ -1,6 +1,8 @@
 import io
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -60,25 +62,26 @@ def test_a_chat_template_takes_what_those_of_transformers_take(processor):
     assert processor.apply_chat_template(dialogue, chat_template="{{ mood }}", mood="glad") == "glad"
 
 
-def test_a_sticker_may_be_an_address(processor, monkeypatch):
-    buffer, asked = io.BytesIO(), []
-    tiny.picture().save(buffer, "PNG")
+@pytest.fixture
+def site(tmp_path):
+    """Address of a server of the files in `tmp_path`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
-    def answer(request):
-        asked.append(str(request.url))
-        return httpx.Response(200 if "cat" in request.url.path else 404, content=buffer.getvalue())
 
-    client = httpx.Client(transport=httpx.MockTransport(answer))
-    monkeypatch.setattr(httpx, "get", client.get)
+def test_a_sticker_may_be_an_address(processor, site, tmp_path):
+    tiny.picture().save(tmp_path / "cat.png")
 
     def read(**part):
         messages = [{"role": "user", "content": [{"type": "image", **part}]}]
         return processor.apply_chat_template(messages, tokenize=True, return_tensors="pt")["pixel_values"]
 
-    assert torch.equal(read(url="https://x.org/cat.png"), read(image=tiny.picture()))
-    assert asked == ["https://x.org/cat.png"]
-    with pytest.raises(StickerImageError, match=r"https://x.org/dog.png: cannot be fetched \(.*404"):
-        read(url="https://x.org/dog.png")
+    assert torch.equal(read(url=f"{site}/cat.png"), read(image=tiny.picture()))
+    with pytest.raises(StickerImageError, match=rf"{site}/dog.png: cannot be fetched \(.*404"):
+        read(url=f"{site}/dog.png")
     with pytest.raises(ValueError, match=r"needs `path`, `image` or `url`; got \['type'\]"):
         read()
     with pytest.raises(StickerImageError, match="not a readable image"):
