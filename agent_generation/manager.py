@@ -11,6 +11,7 @@ from rapidfuzz.distance import LCSseq
 
 from agent_generation.llm import Form
 from dataset_builders.schema import Sticker
+from dataset_builders.stickerconv.statistics import split_chinese
 
 
 BLOCK = 2  # turns between two reviews of the dialogue
@@ -75,7 +76,7 @@ class StickerQuota:
 @lru_cache(maxsize=4096)
 def tokens(text: str) -> tuple[str, ...]:
     """Words, or characters in Chinese, of a text in lower case."""
-    return tuple(re.findall(r"[\u3400-\u9fff]|[^\W_]+", text.lower()))
+    return tuple(re.findall(r"[^\W_]+", split_chinese(text.lower())))
 
 
 def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:

@@ -42,19 +42,28 @@ def load_language_model(
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def load_adapted(folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load_adapted(folder: Path, option: str = "--model") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """
     The language model that an adapter's folder names, with the adapter merged into it.
+
+    Args:
+        folder (`Path`): The adapter.
+        option (`str`, *optional*, defaults to `"--model"`): What names the folder.
 
     Raises:
         InputError: If the folder holds no adapter, or its language model is not there.
 
     """
+    from safetensors import SafetensorError
+
     try:
         name = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
         return load_language_model(EMBEDDED if name == EMBEDDED["hub_id"] else {"hub_id": name}, [folder])
     except OSError as error:
-        raise InputError(f"--model {folder}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{option} {folder}: {str(error).splitlines()[0]}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{option} {folder}: holds no adapter that can be loaded ({told}).") from error
 
 
 def save_adapter(model: "PeftModel", folder: Path, hub_id: str) -> None:

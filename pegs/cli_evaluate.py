@@ -134,7 +134,7 @@ def evaluate_predict(
         from pegs.adapters import load_adapted
         from pegs.evaluation.baselines import BaselinePredictor
 
-        language_model, tokenizer = load_adapted(baseline)
+        language_model, tokenizer = load_adapted(baseline, "--baseline")
         decoder, length = None, 0
         if variant == "tool":
             pipeline = load_pipeline(model or DEFAULT_MODEL, stickers)
@@ -364,18 +364,18 @@ def evaluate_agreement(
     as_json: JsonOption = False,
 ) -> None:
     """Spearman and Kendall of automatic with human metrics over models (Table 10), and of judges with each other."""
-    from pegs.evaluation.agreement import PAIRS, between_judges, parse_pair, table_10, values_of
+    from pegs.evaluation.agreement import PAIRS, between_judges, parse_pair, table_10
     from pegs.evaluation.report import read_results
 
     read, _ = read_results(results)
     pairs = dict(parse_pair(text) for text in pair) if pair else PAIRS
-    found, judges = table_10(values_of(read), pairs), between_judges(read)
+    found, judges = table_10(read, pairs), between_judges(read)
     if as_json:
         typer.echo(json.dumps({"agreement": found, "judges": judges}, ensure_ascii=False))
         return
     for name, row in found.items():
         if row is None:
-            typer.echo(f"{name}: fewer than three models have it and {'+'.join(pairs[name])}")
+            typer.echo(f"{name}: fewer than three models have it and its human metrics, or all are the same")
             continue
         shown = (f"{kind} {row[kind]['value']:.2f} [{row[kind]['low']:.2f}, {row[kind]['high']:.2f}]" for kind in ("spearman", "kendall"))  # fmt: skip
         typer.echo(f"{name} with {'+'.join(row['human'])}: {', '.join(shown)}, p {row['spearman']['p']:.3f}")

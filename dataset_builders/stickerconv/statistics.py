@@ -18,11 +18,17 @@ LONGEST_NGRAM = 3
 CLOUD_WORDS = 200  # Figure 6
 OPENING = 2  # words that make two turns start alike
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+CHINESE = "[\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af]"  # one character
+
+
+def split_chinese(text: str) -> str:
+    """A text with spaces around every Chinese character, each of which counts as a word: nothing parts the words there."""
+    return re.sub(CHINESE, r" \g<0> ", text)
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words, with their apostrophes."""
-    return WORD.findall(text.lower())
+    """Lower-case words, with their apostrophes, or characters in Chinese."""
+    return WORD.findall(split_chinese(text.lower()))
 
 
 def read_split(folder: Path, split: str) -> Iterator[dict]:
@@ -54,7 +60,7 @@ class Rate:
 
 
 class Variety:
-    """How varied texts are: n-grams, repeated texts, and how they begin. Texts are kept as hashes."""
+    """How varied texts are: n-grams, repeated texts, and how they begin. Texts are kept as hashes; an empty one, beside a sticker, is none."""
 
     def __init__(self) -> None:
         self.grams: list[set[int]] = [set() for _ in range(LONGEST_NGRAM)]
@@ -65,9 +71,12 @@ class Variety:
 
     def add(self, text: str, words: list[str]) -> None:
         """Count a text."""
+        if not text:
+            return
         self.words += len(words)
         self.texts[hash(text)] += 1
-        self.openings[tuple(words[:OPENING])] += 1
+        if words:
+            self.openings[tuple(words[:OPENING])] += 1
         for size in range(1, LONGEST_NGRAM + 1):
             grams = [hash(gram) for gram in zip(*(words[start:] for start in range(size)), strict=False)]
             self.grams[size - 1].update(grams)
@@ -116,16 +125,19 @@ class Tally:
         split, turns, profile = row["split"], row["turns"], row["profile"]
         emotion = emotion_name(profile["emotion"])
         texts = [turn[role]["text"] for turn in turns for role in ROLES]
+        said = list(filter(None, texts))
         uses = [(role, turn[role]["sticker"]) for turn in turns for role in ROLES if turn[role]["sticker"]]
         self.splits[split].update(sessions=1, turns=len(turns), stickers=len(uses), sessions_without_sticker=not uses)
         if self.count_tokens is not None:
             self.splits[split]["tokens"] += self.count_tokens(texts)
-        self.texts[split].update(map(hash, texts))
-        self.profiles[split].add(hash((profile["persona"], profile["situation"])))
+        self.texts[split].update(map(hash, said))
+        if profile["persona"] or profile["situation"]:
+            self.profiles[split].add(hash((profile["persona"], profile["situation"])))
         self.profile_emotions[emotion] += 1
         self.ended_by[row["ended_by"] or UNKNOWN] += 1
         self.written_by[row["generator"]["model"] or row["generator"]["name"]] += 1
-        self.dialogues[hash(tuple(texts))] += 1
+        if said:
+            self.dialogues[hash(tuple(texts))] += 1
         for role, use in uses:
             self.stickers[split].add(use["id"])
             self.sticker_emotions[role][emotion_name(use["emotion"])] += 1
@@ -148,7 +160,8 @@ class Tally:
                 words = words_of(turn[role]["text"])
                 self.variety[role].add(turn[role]["text"], words)
                 self._add_words(split, words)
-            openings.append(tuple(words[:OPENING]))
+            if words:
+                openings.append(tuple(words[:OPENING]))
         self.starts_alike += len(set(openings)) < len(openings)
 
     def _add_words(self, split: str, words: list[str], counted: bool = True) -> None:

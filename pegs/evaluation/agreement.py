@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import kendalltau, spearmanr
 
 from pegs.errors import InputError
-from pegs.evaluation.results import ROUNDS, Result, interval
+from pegs.evaluation.results import ROUNDS, Result, interval, measured_alike
 
 
 PAIRS: dict[str, tuple[str, ...]] = {
@@ -51,8 +51,8 @@ def correlate(values: Values, automatic: str, human: Sequence[str]) -> dict[str,
         human (`Sequence[str]`): Names of human metrics.
 
     Returns:
-        `dict`: `spearman` and `kendall`, each with `value`, `low` and `high` (bootstrap over models), and `p` of Spearman (exact for few models); `models`; and a `warning` where there
-        are too few. `None` for fewer than three models or values that are all the same.
+        `dict`: `spearman` and `kendall`, each with `value`, `low` and `high` (bootstrap over models), and `p` of Spearman (exact for few models); `models`, `automatic`, `human`; and a
+        `warning` where there are too few models. `None` for fewer than three models or values that are all the same.
 
     """
     sign = -1.0 if automatic in LOWER_IS_BETTER else 1.0
@@ -70,7 +70,7 @@ def correlate(values: Values, automatic: str, human: Sequence[str]) -> dict[str,
     drawn = np.sort(rng.integers(0, len(pairs), (ROUNDS, len(pairs))), 1)
     drawn = drawn[(np.ptp(one[drawn], 1) > 0) & (np.ptp(other[drawn], 1) > 0)]
     different, which = np.unique(drawn, axis=0, return_inverse=True)  # of few models few draws differ
-    found: dict[str, Any] = {"models": len(pairs), "human": list(human)}
+    found: dict[str, Any] = {"models": len(pairs), "automatic": automatic, "human": list(human)}
     for name, function in (("spearman", spearmanr), ("kendall", kendalltau)):
         low, high = interval(
             np.array([function(one[rows], other[rows]).statistic for rows in different])[which.ravel()]
@@ -100,9 +100,21 @@ def _spearman_p(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean(np.array(others) >= observed - 1e-9))
 
 
-def table_10(values: Values, pairs: Mapping[str, Sequence[str]] = PAIRS) -> dict[str, dict[str, Any] | None]:
-    """Correlations of each pair (Table 10), by the automatic metric's name; see [`correlate`]."""
-    return {automatic: correlate(values, automatic, human) for automatic, human in pairs.items()}
+def table_10(
+    results: Sequence[Result], pairs: Mapping[str, Sequence[str]] = PAIRS
+) -> dict[str, dict[str, Any] | None]:
+    """
+    Correlations of each pair (Table 10), by the automatic metric's name; see [`correlate`].
+
+    Where models were not all measured alike (by two judges, by two towers), each way of measuring is correlated on its own and named: `con (judge gpt-5)`.
+    """
+    humans = [result for result in results if result.family == "human"]
+    found = {}
+    for automatic, human in pairs.items():
+        for told, alike in (measured_alike(results, automatic) or {"": []}).items():
+            name = f"{automatic} ({told})" if told else automatic
+            found[name] = correlate(values_of([*alike, *humans]), automatic, human)
+    return found
 
 
 def parse_pair(text: str) -> tuple[str, tuple[str, ...]]:

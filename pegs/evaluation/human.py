@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -114,13 +114,18 @@ class Study:
 
     @contextmanager
     def open(self) -> Iterator[sqlite3.Connection]:
-        """A connection; what is written is committed at the end, or not at all."""
-        connection = sqlite3.connect(self.file, timeout=30)
+        """
+        A connection; what is written is committed at the end, or not at all.
+
+        Raises:
+            InputError: If the file is no questionnaire, or cannot be read or written.
+
+        """
         try:
-            with connection:
+            with closing(sqlite3.connect(self.file, timeout=30)) as connection, connection:
                 yield connection
-        finally:
-            connection.close()
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"--study {self.file.parent}: {FILE}: {error}.") from error
 
     def value(self, key: str) -> Any:
         """A setting of the study."""
@@ -207,11 +212,11 @@ class Study:
         return row[0] if row else None
 
     def ratings(self) -> list[dict]:
-        """Every answer: `rater`, `kind`, `turn`, `model`, `wanted`, `metric`, `score`, `answered_at`."""
+        """Every answer: `rater`, `position`, `kind`, `turn`, `model`, `wanted`, `metric`, `score`, `answered_at`."""
         with self.open() as db:
             db.row_factory = sqlite3.Row
             rows = db.execute(
-                "SELECT p.rater, p.kind, p.turn, p.model, p.wanted, a.metric, a.score, a.answered_at FROM answers a"
+                "SELECT p.rater, p.position, p.kind, p.turn, p.model, p.wanted, a.metric, a.score, a.answered_at FROM answers a"
                 " JOIN pages p ON a.rater = p.rater AND a.position = p.position ORDER BY p.rater, p.position, a.metric"
             )
             return [dict(row) for row in rows]
@@ -335,7 +340,7 @@ def _write_study(
 def export_ratings(study: Study) -> str:
     """All answers as CSV; the raters' links are not in it."""
     buffer = io.StringIO()
-    fields = ["rater", "kind", "turn", "model", "wanted", "metric", "score", "answered_at"]
+    fields = ["rater", "position", "kind", "turn", "model", "wanted", "metric", "score", "answered_at"]
     writer = csv.DictWriter(buffer, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(study.ratings())
@@ -397,9 +402,13 @@ def analyze(study: Study, without: Sequence[int] = ()) -> Analysis:
         [`Analysis`]: A reply's score is the mean of its raters; ICC is over the replies that all raters scored.
 
     Raises:
-        InputError: If nobody answered yet.
+        InputError: If nobody answered yet, or one to leave out is no rater.
 
     """
+    raters = [rater for rater, _ in study.links()]
+    for rater in without:
+        if rater not in raters:
+            raise InputError(f"--without {rater}: must be one of {', '.join(map(str, raters))}.")
     ratings = [row for row in study.ratings() if row["kind"] != "check"]
     counted = [row for row in ratings if row["rater"] not in without]
     if not counted:
@@ -408,7 +417,8 @@ def analyze(study: Study, without: Sequence[int] = ()) -> Analysis:
     for row in counted:
         by_target[row["metric"], row["model"], row["turn"] or ""][row["rater"]] = row["score"]
     turns = sorted({row["turn"] for row in counted if row["turn"]})
-    results = [_result(study, model, turns, by_target) for model in sorted({row["model"] for row in counted})]
+    settings = {"study": str(study.file), "raters": len({row["rater"] for row in counted})}
+    results = [_result(settings, model, turns, by_target) for model in sorted({row["model"] for row in counted})]
     icc = {}
     for question in QUESTIONS:
         scores = [given for (metric, _, _), given in sorted(by_target.items()) if metric == question.key]
@@ -417,13 +427,15 @@ def analyze(study: Study, without: Sequence[int] = ()) -> Analysis:
     return Analysis(results, icc, _describe_raters(study, ratings))
 
 
-def _result(study: Study, model: str, turns: Sequence[str], by_target: dict[tuple[str, str, str], dict]) -> Result:
+def _result(
+    settings: dict[str, Any], model: str, turns: Sequence[str], by_target: dict[tuple[str, str, str], dict]
+) -> Result:
     def mean(metric: str, turn: str) -> float:
         given = by_target.get((metric, model, turn))
         return float(np.mean(list(given.values()))) if given else np.nan
 
     columns = {metric: np.array([mean(metric, turn) for turn in turns]) for metric in STATISTICS}
-    result = make_result("human", model, turns, columns, STATISTICS, {"study": str(study.file), "raters": len(study.links())})  # fmt: skip
+    result = make_result("human", model, turns, columns, STATISTICS, settings)
     given = list(by_target.get(("StiD", model, ""), {}).values())
     variety = Metric(value=None, n=0)
     if given:
@@ -440,10 +452,10 @@ def _describe_raters(study: Study, ratings: Sequence[dict]) -> dict[str, dict[st
     targets: dict[tuple, dict[int, int]] = defaultdict(dict)
     for row in ratings:
         targets[row["metric"], row["model"], row["turn"]][row["rater"]] = row["score"]
-    checks: dict[int, list[bool]] = defaultdict(list)
+    checks: dict[tuple[int, int], list[bool]] = defaultdict(list)  # by rater and page
     for row in study.ratings():
         if row["kind"] == "check":
-            checks[row["rater"]].append(row["score"] == row["wanted"])
+            checks[row["rater"], row["position"]].append(row["score"] == row["wanted"])
     described = {}
     for rater, _ in study.links():
         mine = [row["score"] for row in ratings if row["rater"] == rater]
@@ -453,7 +465,7 @@ def _describe_raters(study: Study, ratings: Sequence[dict]) -> dict[str, dict[st
         agreement = float(spearmanr(own, others).statistic) if varied else None
         shift = float((own - others).mean()) if pairs else None
         alike = max(Counter(mine).values()) / len(mine) if mine else None
-        passed = checks[rater]
+        passed = [all(right) for (checked, _), right in checks.items() if checked == rater]
         flags = {
             "failed an attention check": not all(passed),
             "disagrees with the others": agreement is not None and agreement < LEAST_AGREEMENT,

@@ -346,4 +346,6 @@ def evaluate_multimodal(run: Predictions, embedded: Embedded, vote: EmotionVote)
     }  # fmt: skip
     settings = {"predictions": str(run.path), "sha256": run.sha256, "tower": vote.tower.name, "alphas": list(ALPHAS)}
     statistics = {**STATISTICS, "id": diversity_of(vectors)}
-    return make_result("mm", run.model, run.keys, columns, statistics, settings, details)
+    result = make_result("mm", run.model, run.keys, columns, statistics, settings, details)
+    diversity = result.metrics["id"].model_copy(update={"n": len(sent)})  # its statistic uses vectors, not figures
+    return result.model_copy(update={"metrics": {**result.metrics, "id": diversity}})

@@ -548,11 +548,11 @@ class PegsPredictor:
         if queries is not None:
             for row, query in zip(sending, queries, strict=True):
                 best[row] = first_unsent(turns[row], self._ranked(turns[row].session, query))
-        if self.variant != "ret" and sending:
+        if self.variant == "ret":
+            for row, sticker_id in best.items():
+                replies[row].sticker_id = sticker_id
+        elif sending:
             self._draw(replies, sending, prompt_embeds, best, seed)
-        for row in sending:
-            if replies[row].drawn is None and row in best:
-                replies[row].sticker_id = best[row]
 
     def _ranked(self, session: Session, query: torch.Tensor) -> list[str]:
         ids = candidates_of(session, self.pack)

@@ -14,18 +14,18 @@ from PIL import Image
 from dataset_builders.stickers.pack import StickerPack
 from pegs.errors import InputError
 from pegs.evaluation import human, llm_judge, multimodal, text
-from pegs.evaluation.agreement import LOWER_IS_BETTER, between_judges, table_10, values_of
+from pegs.evaluation.agreement import LOWER_IS_BETTER, between_judges, table_10
 from pegs.evaluation.llm_judge import sample_turns
 from pegs.evaluation.multimodal import f_mmr
 from pegs.evaluation.paper import PAPER
 from pegs.evaluation.predict import Prediction, Predictions, Said, common_turns
 from pegs.evaluation.results import (
     Difference,
-    Metric,
     Result,
     Statistic,
     compare,
     make_folder,
+    measured_alike,
     read_result,
     write_json,
 )
@@ -159,7 +159,7 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 def differences_from(
     results: Sequence[Result], against: str, columns: Mapping[str, str]
 ) -> dict[str, dict[str, Difference]]:
-    """Differences of each model from the reference model, by model and metric; p is Holm-corrected over all of them."""
+    """Differences of each model from the reference model, by model and metric, where both were measured alike; p is Holm-corrected over all of them."""
     reference = next((result for result in results if result.model == against), None)
     found: dict[str, dict[str, Difference]] = {}
     for result in results:
@@ -190,7 +190,7 @@ def make_table(
         return None
     digits = 2 if family == "human" else 3
     differences = differences_from(own, against, columns)
-    best = {name: _best(name, [result.metrics.get(name) for result in own]) for name in columns}
+    best = {name: _best(name, own) for name in columns}
     rows = []
     for result in own:
         cells = []
@@ -212,6 +212,7 @@ def make_table(
         notes.append(f"* differs from {against} (p < {SIGNIFICANT}, paired bootstrap over sessions, Holm-corrected within the table).")  # fmt: skip
     if number in NOTES:
         notes.append(NOTES[number])
+    notes += _not_compared(own, columns)
     table = Table(number, title, list(columns.values()), rows, paper, notes, draw_intervals(own, columns))
     return table, differences
 
@@ -222,11 +223,22 @@ def _spread(low: float, high: float, digits: int) -> str:
     return f"[{', '.join(bounds)}]"
 
 
-def _best(name: str, metrics: Sequence[Metric | None]) -> float | None:
-    values = [metric.value for metric in metrics if metric is not None and metric.value is not None]
-    if len(set(values)) < 2 or name in NEITHER_IS_BETTER:
+def _best(name: str, results: Sequence[Result]) -> float | None:
+    values = {m.value for r in results if (m := r.metrics.get(name)) is not None and m.value is not None}
+    if len(values) < 2 or name in NEITHER_IS_BETTER or len(measured_alike(results, name)) > 1:
         return None
     return min(values) if name in LOWER_IS_BETTER else max(values)
+
+
+def _not_compared(results: Sequence[Result], titles: Mapping[str, str]) -> list[str]:
+    """Warnings of the metrics in which models were not measured alike."""
+    found: dict[str, list[str]] = {}
+    for name, title in titles.items():
+        groups = measured_alike(results, name)
+        if len(groups) > 1:
+            told = "; ".join(f"{how} ({', '.join(result.model for result in alike)})" for how, alike in groups.items())
+            found.setdefault(told, []).append(title)
+    return [f"Warning: not compared in {', '.join(names)}, because the models were measured differently: {told}." for told, names in found.items()]  # fmt: skip
 
 
 def _paper_value(row: Mapping[str, float], name: str) -> float | None:
@@ -270,12 +282,15 @@ def table_of_claims(results: Sequence[Result]) -> Table | None:
         paper.append((f"{COUNTERPARTS[one]} - {COUNTERPARTS[other]}", [Cell() if d is None else Cell(f"{d:+.3f}") for d in claimed.values()]))  # fmt: skip
         notes.append(f"{one} against {other}: {_verdict(row, claimed)}.")
     notes.append(_how_they_differ(dict.fromkeys(model for pair in found for model in pair), by_key))
+    notes += _not_compared([result for result in results if result.model in COUNTERPARTS], {name: title for name, (_, title) in CLAIMS.items()})  # fmt: skip
     notes.append(f"* differs from 0 (p < {SIGNIFICANT}, paired bootstrap over sessions, Holm-corrected within the table); in bold if in the paper's direction.")  # fmt: skip
     return Table("2c", "PEGS minus its baselines", [title for _, title in CLAIMS.values()], rows, paper, notes)
 
 
 def _difference(one: Result, other: Result, name: str) -> Difference | None:
     if name not in STATISTICS or name not in one.metrics or name not in other.metrics:
+        return None
+    if len(measured_alike([one, other], name)) > 1:
         return None
     return compare(one, other, STATISTICS[name])
 
@@ -365,22 +380,23 @@ def table_9(icc: Mapping[str, Any]) -> Table:
 
 
 def table_10_of(results: Sequence[Result]) -> Table | None:
-    """Correlation of automatic and human metrics over models (Table 10); `None` where nothing can be correlated."""
-    found = {name: row for name, row in table_10(values_of(results)).items() if row is not None}
+    """Correlation of automatic and human metrics over models (Table 10), of each judge and tower on its own; `None` where nothing can be correlated."""
+    found = {name: row for name, row in table_10(results).items() if row is not None}
     if not found:
         return None
     titles = {"emp_txt": "EMP-txt", "emp_mm": "EMP-mm", "con": "CON", "rank": "Rank", "id": "ID", "f_mmr_0.8": "f-MMr (alpha 0.8)", "f_mmr_0.2": "f-MMr (alpha 0.2)"}  # fmt: skip
+    columns = [titles[row["automatic"]] + name.removeprefix(row["automatic"]) for name, row in found.items()]
     rows = [
         (kind.capitalize(), [Cell(f"{row[kind]['value']:.2f}", _spread(row[kind]["low"], row[kind]["high"], 2)) for row in found.values()])
         for kind in ("spearman", "kendall")
     ]  # fmt: skip
     paper = [
-        (kind, [Cell(f"{value:.2f}") if (value := row.get("f_mmr" if name == "f_mmr_0.2" else name)) is not None else Cell() for name in found])
+        (kind, [Cell(f"{value:.2f}") if (value := row.get("f_mmr" if ours["automatic"] == "f_mmr_0.2" else ours["automatic"])) is not None else Cell() for ours in found.values()])
         for kind, row in PAPER["agreement"].items()
     ]  # fmt: skip
     notes = sorted({f"Warning: {row['warning']}." for row in found.values() if "warning" in row})
     notes.append("Intervals by bootstrap over models. The sign of Rank is turned: 1 means agreement.")
-    return Table("10", "Correlation with human scores", [titles[name] for name in found], rows, paper, notes)
+    return Table("10", "Correlation with human scores", columns, rows, paper, notes)
 
 
 def judges_table(results: Sequence[Result]) -> Table | None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,18 @@ def resample(turns: Sequence[str], rounds: int = ROUNDS, seed: int = 0) -> np.nd
     return drawn[:, which].astype(float)
 
 
+class _Used(dict[str, np.ndarray]):
+    """Figures that keep the names of those a statistic used."""
+
+    def __init__(self, columns: Columns) -> None:
+        super().__init__(columns)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
 def measure(columns: Columns, turns: Sequence[str], statistics: Mapping[str, Statistic]) -> dict[str, Metric]:
     """
     Values of metrics with their 95 % intervals, by bootstrap over sessions.
@@ -100,9 +112,10 @@ def measure(columns: Columns, turns: Sequence[str], statistics: Mapping[str, Sta
     weights, once = resample(turns), np.ones((1, len(turns)))
     metrics = {}
     for name, statistic in statistics.items():
-        value = float(statistic(columns, once)[0])
-        known = columns[name] if name in columns else np.zeros(len(turns))
-        count = int((~np.isnan(known)).sum())
+        used = _Used(columns)
+        value = float(statistic(used, once)[0])
+        known = [~np.isnan(columns[column]) for column in used.names]
+        count = int(np.all(known, 0).sum()) if known else len(turns)
         if np.isnan(value):
             metrics[name] = Metric(value=None, n=count)
             continue
@@ -115,6 +128,42 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of bootstrap values."""
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+JUDGED = ("judge", "stickers_shown_as", "language")
+HANGS_ON: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mmr", "mmr_precision", "mmr_recall", "mmr_f1", "f_mmr_0.8", "f_mmr_0.2", "id", "emotion_agreement"), ("tower",)),
+    **dict.fromkeys(("bertscore_p", "bertscore_r", "bertscore"), ("bertscore_encoder", "bertscore_layer")),
+    **dict.fromkeys(("emp_txt", "emp_mm", "con"), JUDGED),
+    "rank": (*JUDGED, "candidates"),
+}  # fmt: skip
+"""Settings, and of ranks the models ranked, that must be the same where a metric's values are compared."""
+
+
+def measured_alike(results: Iterable[Result], name: str) -> dict[str, list[Result]]:
+    """
+    Results that have a metric, in groups whose values can be compared.
+
+    Args:
+        results (`Iterable[Result]`): Of any models.
+        name (`str`): The metric.
+
+    Returns:
+        `dict[str, list[Result]]`: By the settings that tell the groups apart (`tower mini`), empty of a single group.
+
+    """
+    having = [result for result in results if name in result.metrics and result.metrics[name].value is not None]
+    settings = [{key: _setting(result, key) for key in HANGS_ON.get(name, ())} for result in having]
+    differing = [key for key in HANGS_ON.get(name, ()) if len({told[key] for told in settings}) > 1]
+    groups: dict[str, list[Result]] = {}
+    for result, told in zip(having, settings, strict=True):
+        groups.setdefault(", ".join(f"{key} {told[key]}" for key in differing), []).append(result)
+    return groups
+
+
+def _setting(result: Result, key: str) -> str:
+    value = result.settings.get(key, result.details.get(key))
+    return ", ".join(sorted(map(str, value))) if isinstance(value, list) else str(value)
 
 
 class Difference(Record):

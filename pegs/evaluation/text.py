@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dataset_builders.stickerconv.statistics import CHINESE, split_chinese
 from pegs.errors import InputError
 from pegs.evaluation.predict import Predictions
 from pegs.evaluation.results import Columns, Result, Statistic, divide, make_result, mean_of
@@ -22,11 +23,21 @@ CIDER_SIGMA = 6.0
 WORDNET_FOLDER = Path("/usr/share/wordnet")  # Debian's wordnet-base
 PACKAGED_LAYER = 5  # of 6, as the bert-score library has for DistilBERT
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+ROUGE_TOKEN = re.compile(f"[a-z0-9]+|{CHINESE}")
 
 
 def tokenize(text: str) -> list[str]:
-    """Words and marks as `nltk.word_tokenize` gives them; sentences end where a mark is followed by space, so Punkt's data is not needed."""
-    return [token for sentence in SENTENCE_END.split(text) for token in _treebank().tokenize(sentence)]
+    """
+    Words and marks as `nltk.word_tokenize` gives them, Chinese characters one by one.
+
+    Sentences end where a mark is followed by space, so Punkt's data is not needed.
+    """
+    return [token for sentence in SENTENCE_END.split(split_chinese(text)) for token in _treebank().tokenize(sentence)]
+
+
+def spaced_words(text: str) -> list[str]:
+    """What spaces part, and Chinese characters one by one."""
+    return split_chinese(text).split()
 
 
 @functools.cache
@@ -67,25 +78,33 @@ def bleu(order: int) -> Statistic:
 
 def distinct(text: str, n: int) -> float:
     """
-    Share of different n-grams within a text, lower case, split at spaces (Dist-n, Li et al. 2016); 0 without any.
+    Share of different n-grams within a text, lower case, by [`spaced_words`] (Dist-n, Li et al. 2016); 0 without any.
 
     Differs from the definition, which counts over the whole corpus: the reference code averages over replies, and only so Table 1's Dist-2 of 0.99 can be reached.
     """
-    found = ngrams(text.lower().split(), n)
+    found = ngrams(spaced_words(text.lower()), n)
     return len(set(found)) / len(found) if found else 0.0
 
 
 def corpus_distinct(texts: Iterable[str], n: int) -> float:
     """Share of different n-grams over all texts together, as Li et al. (2016) define it."""
-    counts = Counter(gram for text in texts for gram in ngrams(text.lower().split(), n))
+    counts = Counter(gram for text in texts for gram in ngrams(spaced_words(text.lower()), n))
     return len(counts) / max(1, counts.total())
+
+
+class RougeTokenizer:
+    """The tokens of `rouge-score`, and Chinese characters, which it drops."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Lower-case ASCII words and numbers, and Chinese characters one by one."""
+        return ROUGE_TOKEN.findall(text.lower())
 
 
 def rouge_l(references: Sequence[str], predicted: Sequence[str]) -> list[float]:
     """ROUGE-L F1 of each pair by `rouge-score`, without stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=RougeTokenizer())
     return [scorer.score(gold, said)["rougeL"].fmeasure for gold, said in zip(references, predicted, strict=True)]
 
 
@@ -144,13 +163,13 @@ def cider(references: Sequence[str], predicted: Sequence[str]) -> np.ndarray:
     """
     CIDEr-D of each pair (Vedantam et al. 2015), one reference each: tf-idf cosine of 1- to 4-grams with clipped counts and a penalty on lengths, times 10.
 
-    Words are what spaces part, document frequencies are the references'; equal to `pycocoevalcap` (tested).
+    Words are those of [`spaced_words`], document frequencies are the references'; equal to `pycocoevalcap` (tested).
 
     Returns:
         `np.ndarray` of shape `(n,)`.
 
     """
-    golds, saids = ([_all_ngrams(text.split()) for text in texts] for texts in (references, predicted))
+    golds, saids = ([_all_ngrams(spaced_words(text)) for text in texts] for texts in (references, predicted))
     frequency = Counter(gram for counts in golds for gram in counts)
     log_total = math.log(len(golds)) if golds else 0.0
 
@@ -292,14 +311,14 @@ def evaluate_text(run: Predictions, scorer: BertScorer | None = None, with_meteo
     columns = text_columns(references, predicted, scorer, with_meteor)
     left_out = {"meteor", "bertscore_p", "bertscore_r", "bertscore"} - set(columns)
     statistics = {name: statistic for name, statistic in STATISTICS.items() if name not in left_out}
-    settings: dict[str, Any] = {"predictions": str(run.path), "sha256": run.sha256, "tokenizer": "NLTKWordTokenizer"}
+    settings: dict[str, Any] = {"predictions": str(run.path), "sha256": run.sha256, "tokenizer": "NLTKWordTokenizer, Chinese by character"}  # fmt: skip
     if with_meteor:
         settings["wordnet"] = str(wordnet().root)
     if scorer is not None:
         settings |= {"bertscore_encoder": scorer.name, "bertscore_layer": scorer.layer}
     details = {
         **{f"corpus_dist_{n}": corpus_distinct(predicted, n) for n in range(1, MAX_DIST + 1)},
-        "mean_words": float(np.mean([len(said.split()) for said in predicted])),
+        "mean_words": float(np.mean([len(spaced_words(said)) for said in predicted])),
         "empty_replies": sum(not said for said in predicted),
     }
     return make_result("text", run.model, run.keys, columns, statistics, settings, details)

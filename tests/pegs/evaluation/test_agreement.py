@@ -7,7 +7,8 @@ from scipy.stats import spearmanr
 from pegs.errors import InputError
 from pegs.evaluation.agreement import PAIRS, _spearman_p, between_judges, correlate, parse_pair, table_10, values_of
 from pegs.evaluation.paper import PAPER
-from pegs.evaluation.results import make_result, mean_of
+from pegs.evaluation.results import make_result, mean_of, result_files, write_result
+from tests.pegs.evaluation import make
 
 
 def paper_values():
@@ -22,7 +23,9 @@ def paper_values():
 def test_table_10_from_the_papers_own_tables():
     """EMP-txt, CON and Rank come out of the printed means of Tables 3 and 4; EMP-mm (0.40 for 0.70) and f-MMr (0.56 for 0.90) do not."""
     pairs = {**PAIRS, "f_mmr": PAIRS["f_mmr_0.2"]}
-    found = table_10(paper_values(), {name: pairs[name] for name in ("emp_txt", "emp_mm", "con", "rank", "f_mmr")})
+    found = {
+        name: correlate(paper_values(), name, pairs[name]) for name in ("emp_txt", "emp_mm", "con", "rank", "f_mmr")
+    }
     printed = PAPER["agreement"]
     for name in ("emp_txt", "con", "rank"):
         assert found[name]["spearman"]["value"] == pytest.approx(printed["Spearman"][name], abs=0.005)
@@ -81,6 +84,41 @@ def test_judges_are_compared_turn_by_turn():
 def test_values_are_of_all_families():
     made = [make_result(family, "m", ["s/1"], {name: np.array([0.5])}, {name: mean_of(name)}, {}) for family, name in (("mm", "mmr"), ("text", "cider"))]  # fmt: skip
     assert values_of(made) == {"m": {"mmr": 0.5, "cider": 0.5}}
+
+
+def of_one_value(family, model, metric, value, **settings):
+    return make_result(family, model, ["s/1"], {metric: np.array([float(value)])}, {metric: mean_of(metric)}, settings)
+
+
+def test_each_judge_and_tower_is_correlated_on_its_own():
+    """Judge b, who turns everything round, has judged three of four models; the fourth's MMr is of another tower."""
+    scores = dict(enumerate("wxyz"))
+    humans = [of_one_value("human", model, "Con", n) for n, model in scores.items()]
+    one = [of_one_value("llm", model, "con", n, judge="a") for n, model in scores.items()]
+    other = [of_one_value("llm", model, "con", 4 - n, judge="b") for n, model in scores.items() if n < 3]
+    towers = [of_one_value("mm", model, "mmr", n if n < 3 else -1, tower="clip" if n < 3 else "mini") for n, model in scores.items()]  # fmt: skip
+    for order in (one + other, other + one):
+        found = table_10([*humans, *order, *towers], {"con": ("Con",), "mmr": ("Con",), "cider": ("Con",)})
+        by_a, by_b = found["con (judge a)"], found["con (judge b)"]
+        assert (by_a["spearman"]["value"], by_a["models"]) == (pytest.approx(1), 4)
+        assert (by_b["spearman"]["value"], by_b["models"]) == (pytest.approx(-1), 3)
+        assert found["mmr (tower clip)"]["models"] == 3 and found["mmr (tower mini)"] is None
+        assert found["cider"] is None and len(found) == 5
+    assert list(table_10([*humans, *one], {"con": ("Con",)})) == ["con"]
+
+
+def test_the_command_names_judges(tmp_path):
+    for judge, turn in (("a", 1), ("b", -1)):
+        results = [of_one_value("llm", model, "con", turn * n, judge=judge) for n, model in enumerate("xyz")]
+        for result, file in zip(results, result_files(tmp_path / judge, "llm", dict(zip("xyz", "xyz", strict=True))), strict=True):  # fmt: skip
+            write_result(result, file)
+    for n, file in enumerate(result_files(tmp_path / "a", "human", dict(zip("xyz", "xyz", strict=True)))):
+        write_result(of_one_value("human", "xyz"[n], "Con", n), file)
+    done = make.pegs("agreement", tmp_path / "b", tmp_path / "a", "--pair", "con:Con", "--pair", "cider:Con")
+    assert done.returncode == 0, done.stderr
+    assert "con (judge a) with Con: spearman 1.00" in done.stdout
+    assert "con (judge b) with Con: spearman -1.00" in done.stdout
+    assert "cider: fewer than three models have it" in done.stdout
 
 
 def test_pairs_of_the_command():

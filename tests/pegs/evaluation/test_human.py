@@ -223,6 +223,31 @@ def test_a_taken_port_is_one_line(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", [("analyze",), ("export",), ("serve",)])
+@pytest.mark.parametrize(("content", "said"), [(b"no database at all", "file is not a database"), (b"", "no such table")])  # fmt: skip
+def test_a_study_that_is_no_database_is_one_line(tmp_path, command, content, said):
+    (tmp_path / human.FILE).write_bytes(content)
+    done = make.pegs("human", *command, "--study", tmp_path)
+    assert done.returncode == 2 and f"--study {tmp_path}: study.sqlite3: {said}" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_raters_and_checks_are_counted_not_links_and_questions(tmp_path):
+    """Of five links two are used; rater 1 fails one question of its one check."""
+    study = make_study(tmp_path, raters=5)
+    for rater in (1, 2):
+        fill(study, rater, lambda page, question: int(re.search(r"give a (\d)", page.reply["text"])[1]) if page.kind == "check" else 3)  # fmt: skip
+    check = next(page for page in pages(study, 1) if page.kind == "check")
+    study.save(1, check.position, {"Et": str(check.scores["Et"] % 5 + 1)})
+    found = analyze(study)
+    assert [result.settings["raters"] for result in found.results] == [2] * 3
+    assert [(row["checks_passed"], row["checks"]) for row in found.raters.values()] == [(0, 1), (1, 1)] + [(0, 0)] * 3
+    assert found.raters["1"]["flags"] == ["failed an attention check", "nearly always the same score"]
+    assert analyze(study, without=[2, 5]).results[0].settings["raters"] == 1
+    with pytest.raises(InputError, match=r"^--without 99: must be one of 1, 2, 3, 4, 5\.$"):
+        analyze(study, without=[99])
+
+
 TRUTH = {"alpha": 2, "beta": 3, "gamma": 5}
 
 

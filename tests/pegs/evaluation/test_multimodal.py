@@ -127,6 +127,7 @@ def test_figures_of_four_turns(tmp_path):
     green = tower.embed_images([load_sticker(tiny.picture("green"))])[0]
     apart = [1 - one @ other for one, other in ((blue, yellow), (blue, green), (yellow, green))]
     assert value["id"] == pytest.approx(np.mean(apart)) and result.metrics["id"].high is not None
+    assert result.metrics["id"].n == 3 and result.metrics["timing_ap"].n == 4
 
 
 def test_each_sticker_and_text_is_embedded_once(tmp_path):

@@ -20,6 +20,7 @@ from pegs.evaluation.predict import (
     system_turns,
 )
 from pipelines.pipeline_pegs import PegsPipeline
+from pipelines.pipeline_sticker import StickerPipelineOutput
 from tests.fixtures import tiny
 from tests.pegs.evaluation import make
 
@@ -192,6 +193,21 @@ def test_sessions_of_another_pack_are_named(tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [(None, "No such file"), ("{", "JSONDecodeError"), ("{}", "KeyError: 'base_model_name_or_path'"), ("[]", "TypeError")],
+)  # fmt: skip
+def test_a_baseline_that_is_no_adapter_is_named_by_its_option(tmp_path, config, said):
+    PACK.save(tmp_path / "pack")
+    (tmp_path / "sessions.jsonl").write_text(make.make_session().model_dump_json())
+    if config is not None:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text(config)
+    done = make.pegs("predict", "--sessions", tmp_path / "sessions.jsonl", "--stickers", tmp_path / "pack", "--variant", "text", "--baseline", tmp_path / "adapter", "--out", tmp_path / "out.jsonl")  # fmt: skip
+    assert done.returncode == 2 and f"--baseline {tmp_path}/adapter: " in done.stderr and said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(("out", "said"), [("folder", "must be a file"), ("file/x.jsonl", "must be a folder")])
 def test_an_out_of_the_wrong_kind_is_named(turns, tmp_path, out, said):
     (tmp_path / "folder").mkdir()
@@ -258,6 +274,14 @@ def test_pegs_retrieves_in_the_sessions_database_and_repeats_itself(predictor, t
 def test_pegs_draws(predictor, turns, variant):
     replies = predictor(variant, torch.inf)(turns[:2], 5)
     assert all(reply.drawn is not None and reply.sticker_id is None for reply in replies)
+
+
+@pytest.mark.parametrize("variant", ["gen", "rag"])
+def test_a_blocked_drawing_leaves_the_reply_without_a_sticker(predictor, turns, variant):
+    answer = predictor(variant, torch.inf)
+    answer.pipeline.decoder = lambda **_: StickerPipelineOutput([tiny.picture()] * 2, ["unsafe", None])
+    blocked, drawn = answer(turns[:2], 5)
+    assert blocked.drawn is None and blocked.sticker_id is None and drawn.drawn is not None
 
 
 def test_another_variant_keeps_words_timing_and_scores(predictor, turns, tmp_path):

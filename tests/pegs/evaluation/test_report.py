@@ -26,7 +26,7 @@ PACK = make.make_pack()
 MODELS = ("tool_1 & co", "pegs-ret", "<b>gen</b>", "rag|x")
 
 
-def results_of(judges=("judge",)):
+def results_of(judges=("judge",), towers=("toy", "toy", "toy", "toy")):
     """Models that get better one by one, over 30 sessions."""
     turns, results = [f"s{n}/1" for n in range(30)], []
     for place, model in enumerate(MODELS):
@@ -42,7 +42,7 @@ def results_of(judges=("judge",)):
         names = ("frequency", "gold_frequency", "mmr", "mmr_precision", "mmr_recall", "mmr_f1", "recall_at_1", "recall_at_5", "recall_at_10", "mrr", "timing_agreement", "emotion_agreement", "sticker_logit", "id")  # fmt: skip
         columns = {name: near(0.5 + place / 10) for name in names} | {"gold_frequency": np.arange(30) % 2.0}
         columns["id"] = near(0.5 - place / 10)
-        results.append(make_result("mm", model, turns, columns, {**multimodal.STATISTICS, "id": mean_of("id")}, {"tower": "toy"}))  # fmt: skip
+        results.append(make_result("mm", model, turns, columns, {**multimodal.STATISTICS, "id": mean_of("id")}, {"tower": towers[place]}))  # fmt: skip
         for judge in judges:
             columns = {"emp_txt": near(3 + place / 2), "emp_mm": near(3 + place / 2), "con": near(4), "rank": near(4.0 - place)}  # fmt: skip
             results.append(make_result("llm", model, turns, columns, llm_judge.STATISTICS, {"judge": judge}))
@@ -119,16 +119,15 @@ def test_latex_is_balanced(report):
         assert len({len(re.findall(r"(?<!\\)&", line)) for line in tabular.splitlines() if "&" in line}) == 1
 
 
-def made_of(model, family, **columns):
+def made_of(model, family, tower="toy", **columns):
     statistics = {**text.STATISTICS, **multimodal.STATISTICS}
     wanted = {*columns, *(name for name in statistics if family == "mm" and name.startswith("f_mmr"))}
     turns, figures = (
         [f"s{n}/1" for n in range(40)],
         {name: np.asarray(column, float) for name, column in columns.items()},
     )
-    return make_result(
-        family, model, turns, figures, {name: statistics[name] for name in wanted & set(statistics)}, {}
-    )
+    known = {name: statistics[name] for name in wanted & set(statistics)}
+    return make_result(family, model, turns, figures, known, {"tower": tower})
 
 
 def test_where_pegs_is_to_its_baselines_as_in_the_paper_is_said():
@@ -154,10 +153,56 @@ def test_where_pegs_is_to_its_baselines_as_in_the_paper_is_said():
     assert "the references 16.0 tokens and stickers in 75%; pegs-gen 8.0 tokens and stickers in 50%; baseline-text 12.0 tokens and stickers in 0%" in made.notes[2]  # fmt: skip
 
 
+def test_nothing_is_claimed_of_models_measured_by_different_towers():
+    noise = np.random.default_rng(0).normal(0, 0.01, 40)
+    results = [made_of(model, "text", rouge_l=value + noise, predicted_length=[8] * 40, reference_length=[16] * 40) for model, value in (("pegs-ret", 0.5), ("baseline-tool", 0.2))]  # fmt: skip
+    for model, tower, value in (("pegs-ret", "clip", 0.75), ("baseline-tool", "mini", 0.35)):
+        sent = np.arange(40) % 2
+        results.append(made_of(model, "mm", tower, mmr=value + noise, frequency=sent, gold_frequency=sent))
+    made = table(make_report(results, {}), "2c")
+    cell = dict(zip(made.columns, made.rows[0][1], strict=True))
+    assert cell["ROU_L"].text == "+0.300" and cell["MMr"].text == cell["f-MMr (alpha 0.8)"].text == "-"
+    assert "MMr" not in made.notes[0] and any(note.startswith("Warning: not compared in MMr,") for note in made.notes)
+
+
 def test_two_judges_are_two_tables_and_compared():
     made = make_report(results_of(("a", "b")), {})
     assert [t.title for t in made.tables if t.number == "3"] == ["LLM-based metrics by a", "LLM-based metrics by b"]
     assert table(made, "3b").rows and "3 pegs-ret a" in made.differences
+    ten = table(made, "10")
+    assert [title for title in ten.columns if title.startswith("CON")] == ["CON (judge a)", "CON (judge b)"]
+    assert dict(ten.paper)["Spearman"][ten.columns.index("CON (judge b)")].text == "0.87"
+
+
+def test_models_measured_by_different_towers_are_not_compared():
+    made = make_report(results_of(towers=("clip", "clip", "mini", "mini")), {})
+    two = table(made, "2")
+    by_model = {name: dict(zip(two.columns, cells, strict=True)) for name, cells in two.rows}
+    assert "mmr" in made.differences["2 pegs-ret"] and set(made.differences["2 rag|x"]) == {"frequency"}
+    assert by_model["rag|x"]["Freq"].mark == "*" and not by_model["rag|x"]["MMr"].mark
+    assert by_model["pegs-ret"]["MMr"].mark == "*"  # of the same tower as the reference model
+    assert not any(cells[title].is_best for cells in by_model.values() for title in two.columns)
+    warning = f"Warning: not compared in MMr, f-MMr (alpha 0.8), f-MMr (alpha 0.2), because the models were measured differently: tower clip ({MODELS[0]}, pegs-ret); tower mini (<b>gen</b>, rag|x)."  # fmt: skip
+    assert warning in two.notes and not any("Warning" in note for note in table(made, "1").notes)
+
+
+def test_ranks_beside_other_models_and_bertscores_of_other_layers_are_not_compared():
+    turns, near = [f"s{n}/1" for n in range(30)], np.random.default_rng(0).normal(0, 0.1, 30)
+
+    def judged(model, candidates, rank):
+        columns = {"rank": rank + near, "con": rank + near}
+        return make_result("llm", model, turns, columns, {n: mean_of(n) for n in columns}, {"judge": "j"}, {"candidates": candidates})  # fmt: skip
+
+    def scored(model, layer, value):
+        columns = {"bertscore": value + near}
+        return make_result("text", model, turns, columns, {"bertscore": mean_of("bertscore")}, {"bertscore_encoder": "e", "bertscore_layer": layer})  # fmt: skip
+
+    results = [judged("a", ["a", "b"], 1.0), judged("b", ["b", "a"], 2.0), judged("c", ["a", "c"], 3.0), scored("a", 5, 0.5), scored("b", 4, 0.8)]  # fmt: skip
+    made = make_report(results, {})
+    assert set(made.differences["3 b"]) == {"rank", "con"} and set(made.differences["3 c"]) == {"con"}
+    assert "1 b" not in made.differences
+    assert [note for note in table(made, "3").notes if note.startswith("Warning: not compared in Rank,")]
+    assert [note for note in table(made, "1").notes if "bertscore_layer 5 (a); bertscore_layer 4 (b)" in note]
 
 
 def test_table_5_and_what_is_no_statistics(tmp_path):

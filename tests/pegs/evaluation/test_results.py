@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pegs.errors import InputError
+from pegs.evaluation import multimodal
 from pegs.evaluation.results import (
     compare,
     make_result,
@@ -49,6 +50,15 @@ def test_missing_figures_are_left_out_and_counted():
     assert metric.value == 2 and metric.n == 2
     empty = measure({"x": np.full(3, np.nan)}, turns(3), {"x": mean_of("x")})["x"]
     assert empty.value is None and empty.low is None and empty.n == 0
+
+
+def test_a_metric_counts_the_turns_that_have_all_figures_it_uses():
+    columns = {"sticker_logit": np.array([1.0, np.nan, -1.0, 0.5]), "gold_frequency": np.array([1.0, 0.0, 0.0, 1.0]), "frequency": np.ones(4), "mmr": np.array([0.5, 0.5, np.nan, np.nan])}  # fmt: skip
+    statistics = {name: multimodal.STATISTICS[name] for name in ("timing_ap", "f_mmr_0.8", "gold_frequency")}
+    found = measure(columns, turns(4), statistics)
+    assert {name: metric.n for name, metric in found.items()} == {"timing_ap": 3, "f_mmr_0.8": 2, "gold_frequency": 4}
+    without = measure({**columns, "sticker_logit": np.full(4, np.nan)}, turns(4), statistics)["timing_ap"]
+    assert without.value is None and without.n == 0
 
 
 def test_paired_differences_see_what_intervals_hide():

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent_generation.manager import tokens
+from dataset_builders.stickerconv.statistics import words_of
 from pegs.errors import InputError
 from pegs.evaluation import text
 from tests.pegs.evaluation.references import FIXTURES, read_pairs
@@ -60,6 +62,25 @@ def test_tokens_are_those_of_nltk_at_sentence_ends():
     assert text.tokenize("Oh no. It's 3.5 km, isn't it?  Bye!") == [
         "Oh", "no", ".", "It", "'s", "3.5", "km", ",", "is", "n't", "it", "?", "Bye", "!",
     ]  # fmt: skip
+
+
+def test_chinese_is_split_by_character():
+    said, gold = "我很难过，你的狗叫Max吗？", "你的狗叫Max吗？我很难过。"
+    assert text.tokenize(said) == ["我", "很", "难", "过", "，", "你", "的", "狗", "叫", "Max", "吗", "？"]
+    columns = text.text_columns([gold, gold], [gold, said], with_meteor=HAS_WORDNET)
+    same, moved = text.STATISTICS["bleu_4"](columns, np.eye(2))
+    assert same == pytest.approx(1) and 0.3 < moved < 0.9
+    assert columns["rouge_l"] == pytest.approx([1, 6 / 10])  # the longest they share: 你的狗叫 Max 吗
+    assert columns["dist_1"] == pytest.approx([1, 1]) and text.distinct("哈哈哈", 1) == pytest.approx(1 / 3)
+    assert text.corpus_distinct(["我很好", "我不好"], 1) == pytest.approx(4 / 6)
+    assert text.cider(["我很好", "你去哪里"], ["我很好", "你去那里"])[1] > 1
+    if HAS_WORDNET:
+        assert columns["meteor"][0] > 0.99 and 0.5 < columns["meteor"][1] < 1
+
+
+def test_table_5_and_the_agents_split_chinese_the_same_way():
+    assert words_of("我爱you很多2, Don't") == ["我", "爱", "you", "很", "多", "don't"]
+    assert tokens("我爱you很多2, Don't") == ("我", "爱", "you", "很", "多", "2", "don", "t")
 
 
 def test_distinct_is_within_a_reply_and_over_the_corpus():
