@@ -86,7 +86,7 @@ def ask_about(
 
 def filter_pack(pack: StickerPack, endpoint: Endpoint, out: Path) -> dict:
     """
-    Keep what is fit for casual chat: write the smaller pack into `out`.
+    Keep what is fit for casual chat: write the smaller pack into `out`. The next call asks again for the answers that could not be read or did not come.
 
     Returns:
         `dict`: `stickers` kept, `refused`, `ties`, `unknown_answers`, `failed` (id to reason), `refusals` (id to votes and reasons), and the run's cost.
@@ -96,6 +96,9 @@ def filter_pack(pack: StickerPack, endpoint: Endpoint, out: Path) -> dict:
     file = journal_of(out, "filter", endpoint.model)
     outcomes, done = ask_about(pack, pack.stickers, "filter", filter_sticker, endpoint, file)
     votes = {name: outcome.result for name, outcome in outcomes.items() if outcome.result}
+    if unsure := [outcomes[name].task for name, vote in votes.items() if vote["unknown"]]:
+        with closing(Journal(file)) as journal:
+            journal.try_again(unsure)
     kept = [sticker for sticker in pack.stickers if votes.get(sticker.id, {}).get("kept")]
     if not kept:
         raise InputError(f"not one of {len(pack.stickers)} stickers passed the filter; nothing was written")

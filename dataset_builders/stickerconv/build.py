@@ -19,14 +19,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dataset_builders.cards import sign_card, somebodys_card
 from dataset_builders.stickerconv.features import FEATURES, turns_table
 from dataset_builders.stickerconv.inputs import SplitCheck, known_stickers, open_pack, read_rows, sticker_rows
+from dataset_builders.stickerconv.register import INFO_FILE
 from dataset_builders.stickerconv.sessions import SessionError, describe
 from dataset_builders.stickerconv.sources import SPLITS, Format, Source, find_sources, split_into_shards
 from dataset_builders.stickers import ser30k
 from dataset_builders.stickers.pack import ROWS_A_GROUP, StickerPack
 
 
-INFO_FILE = "dataset.yaml"
 CONFIGS = ("sessions", "turns", "stickers")
+BUILT = (*CONFIGS, "README.md", INFO_FILE)
+STAGE = ".pegs-build."  # and the process's id: a build is written inside its folder, which may be a disk of its own
 ROWS = 1000  # rows a row group and sessions a table; stickers have their pictures with them and fewer
 # What the sets' own pages say; neither is ours to change.
 RELEASED = {
@@ -179,7 +181,8 @@ def build_dataset(
     on_row: Callable[[int], object] = lambda count: None,
 ) -> tuple[DatasetFolder, list[str]]:
     """
-    Build the dataset. Rows are read, checked and written one after the other, so memory does not grow with them; `out` is whole or as it was before.
+    Build the dataset. Rows are read, checked and written one after the other, so memory does not grow with them. `out` is whole or as it was before; after
+    a kill in the moment when the one takes the place of the other it has no `dataset.yaml`, and the next build begins by putting back what was there.
 
     Args:
         paths (`Sequence[str | Path]`): Run folders, files, or `mini` (see [`find_sources`]).
@@ -200,12 +203,15 @@ def build_dataset(
         PackError: If it is a broken one.
 
     """
-    if out.exists() and not (out.is_dir() and ((out / INFO_FILE).is_file() or not any(out.iterdir()))):
+    is_new = not out.exists()
+    for stale in out.glob(f"{STAGE}*"):
+        _clear(stale)
+    if not is_new and not (out.is_dir() and ((out / INFO_FILE).is_file() or not any(out.iterdir()))):
         raise SessionError(f"{out}: holds something else than a dataset; give an empty or new folder.")
     sources = find_sources(paths)
     bad: list[str] | None = [] if skip_bad else None
     pack = open_pack(stickers) if sources[0].format == "sessions" else None
-    partial = out.absolute().with_name(f".{out.name}.{os.getpid()}")
+    partial = out / f"{STAGE}{os.getpid()}"
     try:
         sizes = _write_dialogues(sources, pack, partial, bad, on_row)
         sizes["stickers"] = _write_stickers(sources, pack, partial, images)
@@ -223,7 +229,9 @@ def build_dataset(
         (partial / "README.md").write_text(_card(info, out), "utf-8")
         _replace(out, partial)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial)
+        if is_new and out.exists() and not any(out.iterdir()):
+            out.rmdir()
     return info, bad or []
 
 
@@ -291,10 +299,25 @@ def _card(info: DatasetFolder, out: Path) -> str:
 
 
 def _replace(out: Path, built: Path) -> None:
-    """Put a build in the place of an earlier one; files that are not the build's stay."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Put a build in the place of an earlier one, which is kept in `old` until all is there; files that are not the build's stay."""
+    old = built / "old"
+    old.mkdir()
     for name in (INFO_FILE, "README.md", "statistics.json", "assets", *CONFIGS):
-        old = out / name
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    for path in built.iterdir():
-        path.rename(out / path.name)
+        if (out / name).exists():
+            (out / name).rename(old / name)
+    for name in BUILT:  # `dataset.yaml` last: a folder with it is whole
+        (built / name).rename(out / name)
+    old.rename(built / "replaced")
+
+
+def _clear(built: Path) -> None:
+    """Remove a build's stage; if the build was cut short while it replaced an earlier one, that one is put back."""
+    out, old = built.parent, built / "old"
+    if old.exists():
+        for name in BUILT:
+            if not (built / name).exists() and (out / name).exists():
+                (out / name).rename(built / name)
+        for path in old.iterdir():
+            path.rename(out / path.name)
+        old.rmdir()
+    shutil.rmtree(built, ignore_errors=True)

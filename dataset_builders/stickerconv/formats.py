@@ -1,6 +1,7 @@
 """Public sticker dialogue sets in their released formats, as rows of `sessions`; what a set does not tell is `None`."""
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from dataset_builders.schema import EMOTIONS, Emotion, Session, Split
 from dataset_builders.stickerconv.features import EMOTION_INDEX, STICKERS
 from dataset_builders.stickerconv.sessions import SessionError, describe
-from dataset_builders.stickers.images import digest
+from dataset_builders.stickers.images import FORMATS, digest
 from dataset_builders.stickers.ingest import unique_id
 
 
@@ -136,7 +137,7 @@ def released_sticker_row(sticker: ReleasedSticker, images: Path | None) -> dict:
     A sticker of a released session as a row of `stickers`, with its picture if `images` (SER30K, or its folder of themes) has it.
 
     Raises:
-        SessionError: If the picture is broken.
+        SessionError: If the picture is broken, or outside `images`.
 
     """
     name = picture_path(sticker.image)
@@ -149,17 +150,21 @@ def released_sticker_row(sticker: ReleasedSticker, images: Path | None) -> dict:
         "theme": name.rpartition("/")[0] or None,
         "annotated_by": "StickerConv" if sticker.description else None,
     }
-    file = (
-        next((file for file in (images / "Images" / name, images / name) if file.is_file()), None) if images else None
-    )
-    return row if file is None else row | _picture(file)
+    for root in (images / "Images", images) if images else ():
+        if (file := root / name).is_file():
+            if not Path(os.path.normpath(file)).is_relative_to(
+                os.path.normpath(root)
+            ):  # the user's own links may lead out
+                raise SessionError(f"{sticker.image}: a picture outside {images}.")
+            return row | _picture(file)
+    return row
 
 
 def _picture(file: Path) -> dict:
     data = file.read_bytes()
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGBA")
-    except (OSError, Image.DecompressionBombError) as error:
+        image = Image.open(io.BytesIO(data), formats=list(FORMATS)).convert("RGBA")
+    except Exception as error:  # decoders of broken files raise whatever their code trips over
         raise SessionError(f"{file}: no picture ({error}).") from None
     size = {"width": image.width, "height": image.height, "sha256": digest(image), "animated": False}
     return {"image": {"bytes": data, "path": file.name}, **size}

@@ -144,7 +144,12 @@ def sticker_rows(
     Yields:
         `tuple[bool, dict]`: Whether it is kept for the test split, and the row.
 
+    Raises:
+        SessionError: If `images` is no folder, or a picture of it is broken or elsewhere.
+
     """
+    if images and not Path(images).is_dir():
+        raise SessionError(f"--images {images}: no such folder.")
     if pack is not None:
         return pack_rows(pack)
     return _released_stickers(sources, Path(images) if images else None)
@@ -158,7 +163,11 @@ def _released_stickers(sources: Sequence[Source], images: Path | None) -> Iterat
             sticker_id = picture_id(sticker.image)
             if sticker_id not in seen:
                 seen.add(sticker_id)
-                yield is_test, released_sticker_row(sticker, images)
+                try:
+                    row = released_sticker_row(sticker, images)
+                except SessionError as error:
+                    raise SessionError(f"{source.file}: {error}") from None
+                yield is_test, row
 
 
 def _released_uses(source: Source) -> Iterator[ReleasedSticker]:

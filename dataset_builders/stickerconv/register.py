@@ -10,6 +10,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 
 NAME, BUILDER = "stickerconv", "dataset_builders.stickerconv.builder"
+INFO_FILE = "dataset.yaml"  # a folder with it is a built dataset
 
 
 class StickerConvModuleFactory(PackagedDatasetModuleFactory):
@@ -24,7 +25,7 @@ class StickerConvModuleFactory(PackagedDatasetModuleFactory):
         """The builder's module and what it is called with."""
         if self.name != NAME:
             return super().get_module()
-        if self.data_dir is None and self.data_files is None and Path(NAME, "README.md").is_file():
+        if self.data_dir is None and self.data_files is None and Path(NAME, INFO_FILE).is_file():
             return LocalDatasetModuleFactory(NAME, download_mode=self.download_mode).get_module()
         patterns = self.data_files or ("sessions.jsonl" if self.data_dir else None)
         files = DataFilesDict()

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from dataset_builders.stickers import exports, folder, openmoji, ser30k
 from dataset_builders.stickers.ingest import Found, Ingested, ingest
-from dataset_builders.stickers.pack import PackInfo
+from dataset_builders.stickers.pack import PackInfo, first_line
 
 
 UNKNOWN_LICENCE = "unknown"
@@ -76,4 +76,4 @@ def _own_info(listing: folder.Listing) -> dict:
         content = yaml.safe_load(text)
         return PackInfo.model_validate(content).model_dump()
     except (yaml.YAMLError, ValidationError) as error:
-        raise folder.SourceError(f"pack.yaml: {str(error).splitlines()[0]}") from error
+        raise folder.SourceError(f"pack.yaml: {first_line(error)}") from error

@@ -180,7 +180,8 @@ def export_telegram(
     files: list[Path] = []
     count = 0
     for number, part in enumerate(_parts(encoded, TELEGRAM_SET), start=1):
-        names = {f"{s.id}.{'webm' if s.animated else 'webp'}": emoji_of(s) for s, _ in part}
+        stems = zip(file_stems(part), part, strict=True)
+        names = {f"{stem}.{'webm' if s.animated else 'webp'}": emoji_of(s) for stem, (s, _) in stems}
         members = dict(zip(names, (data for _, data in part), strict=True))
         members["emoji.json"] = json.dumps(names, ensure_ascii=False, indent=1).encode()
         files.append(_write_zip(folder / f"{file_stem(pack)}-telegram-{number}.zip", members, pack))
@@ -222,7 +223,7 @@ def export_whatsapp(
             title = f"{pack.info.name} {len(files) + 1}"
             tray = io.BytesIO()
             fit_square(pack.image(part[0][0].id), 96).quantize(128).save(tray, "PNG", optimize=True)
-            members = {f"{s.id}.webp": data for s, data in part}
+            members = {f"{stem}.webp": data for stem, (_, data) in zip(file_stems(part), part, strict=True)}
             emojis = {name: emoji_of(s) for name, (s, _) in zip(members, part, strict=True)}
             members |= {
                 "tray.png": tray.getvalue(),
@@ -244,6 +245,12 @@ def _parts(items: Iterator[tuple[Sticker, bytes]], size: int) -> Iterator[list[t
             part = []
     if part:
         yield part
+
+
+def file_stems(part: list[tuple[Sticker, bytes]]) -> list[str]:
+    """Ids as names of files in an archive, each once: a pack comes from anywhere, and an id may be a path."""
+    taken: set[str] = set()
+    return [unique_id(sticker.id, taken) for sticker, _ in part]
 
 
 def file_stem(pack: StickerPack) -> str:

@@ -8,14 +8,38 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
 from dataset_builders.stickers.folder import Listing, SourceError, find_pictures, read_json
 from dataset_builders.stickers.images import KEPT_FRAMES, SIDE, BadImage, encode_animation
 from dataset_builders.stickers.ingest import Found
+from dataset_builders.stickers.pack import first_line
 
 
 NOTES = ("title.txt", "author.txt", "emoji.txt", "emoji.json", "contents.json")
 MAX_LOTTIE = 16 * 2**20
+
+
+class NotedSticker(BaseModel):
+    """What `contents.json` says of a sticker."""
+
+    image_file: str = ""
+    emojis: list[str] | None = None
+
+
+class NotedPack(BaseModel):
+    """What `contents.json` says of a pack."""
+
+    name: str | None = None
+    publisher: str | None = None
+    tray_image_file: str | None = None
+    stickers: list[NotedSticker] | None = None
+
+
+class Contents(BaseModel):
+    """WhatsApp's `contents.json`; what is not needed is ignored."""
+
+    sticker_packs: list[NotedPack]
 
 
 def is_export(listing: Listing) -> bool:
@@ -26,11 +50,10 @@ def is_export(listing: Listing) -> bool:
 
 def export_title(listing: Listing) -> tuple[str | None, str | None]:
     """Title and author of a pack, where its notes give them."""
-    packs = _contents(listing)
-    first = packs[0] if packs else {}
+    first = next(iter(_contents(listing)), NotedPack())
     return (
-        listing.note("title.txt") or first.get("name") or None,
-        listing.note("author.txt") or first.get("publisher") or None,
+        listing.note("title.txt") or first.name or None,
+        listing.note("author.txt") or first.publisher or None,
     )
 
 
@@ -56,15 +79,14 @@ def find_export(listing: Listing) -> Iterator[Found]:
                 yield Found(item.name, item.read, fields)
 
 
-def _contents(listing: Listing) -> list[dict]:
+def _contents(listing: Listing) -> list[NotedPack]:
     text = listing.note("contents.json")
     if text is None:
         return []
-    content = read_json(text, "contents.json")
-    packs = content.get("sticker_packs") if isinstance(content, dict) else None
-    if not isinstance(packs, list) or not all(isinstance(pack, dict) for pack in packs):
-        raise SourceError('contents.json: expected a list under "sticker_packs"')
-    return packs
+    try:
+        return Contents.model_validate(read_json(text, "contents.json")).sticker_packs
+    except ValidationError as error:
+        raise SourceError(f"contents.json: {first_line(error)}") from error
 
 
 def _emoji(listing: Listing) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -72,15 +94,15 @@ def _emoji(listing: Listing) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     found: dict[str, tuple[str, ...]] = {}
     packs = _contents(listing)
     for pack in packs:
-        for sticker in pack.get("stickers") or []:
-            found[str(sticker.get("image_file"))] = emoji_names("".join(map(str, sticker.get("emojis") or [])))
+        for sticker in pack.stickers or ():
+            found[sticker.image_file] = emoji_names("".join(sticker.emojis or ()))
     text = listing.note("emoji.txt") or listing.note("emoji.json")
     if text:
         table = read_json(text, "emoji.txt")
         if not isinstance(table, dict):
             raise SourceError("emoji.txt: expected an object of file name to emoji")
         found |= {str(name): emoji_names(str(value)) for name, value in table.items()}
-    trays = [str(pack["tray_image_file"]).lower() for pack in packs if pack.get("tray_image_file")]
+    trays = [pack.tray_image_file.lower() for pack in packs if pack.tray_image_file]
     if packs or listing.note("title.txt"):  # a `.wastickers` file has its tray icon as the only PNG, 96 px wide
         pictures = [p for p in listing.files if p.lower().endswith(".png")]
         webp = [p for p in listing.files if p.lower().endswith(".webp")]

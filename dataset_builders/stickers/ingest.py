@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from dataset_builders.schema import Sticker
@@ -57,7 +58,7 @@ def ingest(
     on_file: Callable[[int], object] = lambda count: None,
 ) -> Ingested:
     """
-    Write a pack from the files of a source, one at a time.
+    Write a pack from the files of a source, one at a time. Nothing is written before the first of them has become a sticker.
 
     Args:
         found (`Iterable[Found]`): The files.
@@ -73,13 +74,14 @@ def ingest(
         BadImage: If not one file became a sticker.
 
     """
-    folder.mkdir(parents=True, exist_ok=True)
     skipped: list[Skipped] = []
-    count = write_stickers(folder, _accepted(found, skipped, black_background, on_file))
-    if not count:
-        (folder / "stickers.parquet").unlink()
-        first = f": {skipped[0].file}: {skipped[0].reason}" if skipped else ""
-        raise BadImage(f"no picture that can be a sticker, {len(skipped)} refused{first}")
+    accepted = _accepted(found, skipped, black_background, on_file)
+    first = next(accepted, None)
+    if first is None:
+        why = f": {skipped[0].file}: {skipped[0].reason}" if skipped else ""
+        raise BadImage(f"no picture that can be a sticker, {len(skipped)} refused{why}")
+    folder.mkdir(parents=True, exist_ok=True)
+    count = write_stickers(folder, chain([first], accepted))
     write_databases(folder, {})
     write_info(folder, info)
     return Ingested(info, count, skipped)

@@ -194,14 +194,15 @@ class StickerPack:
                 numbers = pq.read_table(file).to_pydict()
                 databases = dict(zip(numbers["id"], numbers["database"], strict=True))
         except (ValidationError, pa.ArrowException, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise PackError(f"{file}: {_first_line(error)}") from error
+            raise PackError(f"{file}: {first_line(error)}") from error
         return cls(info, stickers, ParquetImages(folder / "stickers.parquet", [s.id for s in stickers]), databases)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; of a `ValidationError`, the first field that is wrong, and how."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
     return str(error).splitlines()[0]
 
 

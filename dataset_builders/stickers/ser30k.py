@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickers.folder import SourceError, find_pictures, list_source, read_json
 from dataset_builders.stickers.ingest import Found
-from dataset_builders.stickers.pack import PackInfo
+from dataset_builders.stickers.pack import PackInfo, first_line
 
 
 INFO = PackInfo(
@@ -57,10 +57,7 @@ def find_ser30k(source: Path) -> Iterator[Found]:
             try:
                 annotation = Annotation.model_validate(row)
             except ValidationError as error:
-                first = error.errors()[0]
-                raise SourceError(
-                    f"{file}: row {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-                ) from error
+                raise SourceError(f"{file}: row {number}: {first_line(error)}") from error
             annotations[f"{annotation.topic}/{annotation.file_name}"] = annotation
     for item in find_pictures(list_source(source / "Images")):
         found = annotations.get(item.name)

@@ -83,6 +83,15 @@ def test_a_packs_name_leads_nowhere(pack, tmp_path, export):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
+@pytest.mark.parametrize("export", [export_telegram, export_whatsapp])
+def test_an_id_leads_nowhere(pack, tmp_path, export):
+    ids = ("../../evil", "/evil", "C:\\evil")
+    stickers = [sticker.model_copy(update={"id": name}) for sticker, name in zip(pack.stickers[2:5], ids, strict=True)]
+    images = {name: pack.images[sticker.id] for sticker, name in zip(pack.stickers[2:5], ids, strict=True)}
+    (file,) = export(StickerPack(pack.info, stickers, images), tmp_path).files
+    assert {name for name in members(file) if name.endswith(".webp")} == {"evil.webp", "evil-2.webp", "c-evil.webp"}
+
+
 def test_telegram(pack, tmp_path):
     av = pytest.importorskip("av")
     done = export_telegram(pack, tmp_path)

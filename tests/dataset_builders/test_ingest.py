@@ -423,3 +423,36 @@ def test_broken_packs_are_named(tmp_path):
     (tmp_path / "pack" / "stickers.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(PackError, match="pack.yaml|stickers.parquet"):
         StickerPack.load(tmp_path / "pack")
+
+
+def test_a_source_without_a_picture_leaves_the_pack_that_is_there(tmp_path):
+    for name in ("cats", "typo"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cats" / "a.png").write_bytes(encoded(drawing(9, 9, 1), "PNG"))
+    (tmp_path / "typo" / "notes.png").write_text("x")
+    build_from_source(str(tmp_path / "cats"), tmp_path / "pack")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "pack").iterdir()}
+    for out in ("pack", "new"):
+        with pytest.raises(BadImage, match="no picture that can be a sticker, 1 refused: notes.png"):
+            build_from_source(str(tmp_path / "typo"), tmp_path / out)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "pack").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("contents.json", '{"sticker_packs": [{"stickers": ["a.png"]}]}', "contents.json: sticker_packs.0.stickers.0: "),
+        ("contents.json", '{"sticker_packs": [{"name": 7}]}', "contents.json: sticker_packs.0.name: Input should be a valid string"),
+        ("contents.json", '{"packs": []}', "contents.json: sticker_packs: Field required"),
+        ("pack.yaml", "name: cats\nversion: 1\nlicence: MIT\nattribution: me\nsource: me\n", "pack.yaml: version: Input should be a valid string"),
+        ("pack.yaml", "cats", "pack.yaml: Input should be a valid dictionary"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_note_of_a_source_is_named_by_its_field(tmp_path, file, text, said):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encoded(drawing(9, 9, 1), "PNG"))
+    (tmp_path / "in" / file).write_text(text)
+    with pytest.raises(SourceError, match=f"^{said}") as error:
+        build_from_source(str(tmp_path / "in"), tmp_path / "pack")
+    assert "\n" not in str(error.value)

@@ -116,3 +116,19 @@ def test_mini_is_counted_and_drawn(tmp_path):
 def test_what_is_not_told_is_not_drawn(tmp_path):
     empty = {"sticker_emotions": {"user": {"not told": 3}, "system": {}}, "profile_emotions": {"not told": 3}, "emotion_words": {}}  # fmt: skip
     assert draw_figures(empty, tmp_path) == []
+
+
+def test_what_is_empty_is_neither_repeated_nor_leaked():
+    tally = Tally()
+    for split in ("train", "test"):
+        one = row(
+            split, split, [(f"Hi {split}", None, "", ("cat", "fear")), ("", None, "", None), ("", None, "123", None)]
+        )
+        one["profile"].update(persona="", situation="")
+        tally.add(one)
+        tally.add(row(f"silent {split}", split, [("", ("sun", "fear"), "", None)]))
+    found = tally.result()
+    assert found["leaks"] == {"stickers": 2, "profiles": 0, "texts": 1} and found["duplicate_sessions"] == 0
+    assert found["all"]["profiles"] == 2 and found["variety"]["sessions_whose_system_turns_start_alike"] == 0
+    assert found["variety"]["user"]["repeated_texts"] == 0 and found["variety"]["system"]["commonest_opening"] == ""
+    assert found["variety"]["user"]["words_per_text"] == 2

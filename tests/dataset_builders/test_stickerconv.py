@@ -1,6 +1,7 @@
 """The dataset: its rows, where they come from, and what is refused."""
 
 import json
+from itertools import count
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ from datasets import ClassLabel, Image, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as Pillow
 
 from dataset_builders.schema import EMOTIONS, Session
 from dataset_builders.stickerconv.build import DatasetFolder, build_dataset
@@ -69,6 +71,13 @@ def test_mini_loads_by_name_in_an_empty_folder():
     for split, rows in splits.items():
         assert [Session.model_validate(names(row)) for row in rows] == load_mini(split)
     assert set(splits) == {"train", "validation", "test"}
+
+
+def test_a_folder_that_is_no_built_dataset_does_not_take_the_name():
+    Path("stickerconv").mkdir()
+    Path("stickerconv", "README.md").write_text("# Code of StickerConv")
+    Path("stickerconv", "app.py").write_text("x")
+    assert load_dataset("stickerconv", split="test").num_rows == len(load_mini("test"))
 
 
 def test_streams_and_processes_give_the_same_rows():
@@ -280,6 +289,108 @@ def test_the_released_stickerconv(tmp_path, pack, with_pictures):
     found = stickers["pepe-7-sticker-18"]
     assert (found["image"] or {}).get("bytes") == (picture if with_pictures else None)
     assert found["width"] == (32 if with_pictures else None) and found["theme"] == "pepe-7"
+
+
+@pytest.fixture
+def released(tmp_path):
+    """Calls a build of released dialogues about one picture, with an SER30K tree that holds none that can be taken."""
+    (tmp_path / "SER30K" / "Images" / "t").mkdir(parents=True)
+    Pillow.new("RGB", (8, 8)).save(tmp_path / "SER30K" / "private.png")
+    (tmp_path / "SER30K" / "Images" / "t" / "link.png").symlink_to("../../private.png")
+    Pillow.new("RGB", (8, 8)).save(tmp_path / "SER30K" / "Images" / "t" / "odd.png", "TIFF")
+    (tmp_path / "SER30K" / "Images" / "t" / "cut.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + bytes([0, 0, 0, 5]) + b"IHDR" + bytes(9)
+    )
+
+    def build(image, images=tmp_path / "SER30K", out=tmp_path / "out"):
+        (tmp_path / "train.json").write_text(json.dumps({"conversation": [{"user_message": "hi", "system_message": image, "user_sticker": {"image": image}}]}))  # fmt: skip
+        return build_dataset([tmp_path / "train.json"], out, images=str(images))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("../private.png", "train.json: ../private.png: a picture outside "),
+        ("t/odd.png", "train.json: .*/SER30K/Images/t/odd.png: no picture "),
+        ("t/cut.png", "train.json: .*/SER30K/Images/t/cut.png: no picture "),
+    ],
+)
+def test_only_pictures_inside_of_images_are_taken(released, image, said, tmp_path):
+    with pytest.raises(SessionError, match=said):
+        released(image)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_in_images_is_followed(released, tmp_path):
+    """As in the Hub's cache, where each file is one."""
+    released("t/link.png")
+    row = pq.read_table(next((tmp_path / "out" / "stickers").glob("*.parquet"))).to_pylist()[0]
+    assert row["image"]["bytes"] == (tmp_path / "SER30K" / "private.png").read_bytes()
+
+
+def test_a_folder_of_images_that_is_not_there_is_named(released, tmp_path):
+    with pytest.raises(SessionError, match="--images .*typo: no such folder"):
+        released("t/1.png", images=tmp_path / "typo")
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def cut_short(monkeypatch):
+    """Calls a build that ends at a move of a file, the first is 1; if it is killed, it does not even clean up."""
+    rename = Path.rename
+
+    def cut(build, move, killed):
+        moves = count(1)
+
+        def ends(self, target):
+            if next(moves) == move:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", ends)
+            if killed:
+                patch.setattr("dataset_builders.stickerconv.build._clear", lambda built: None)
+            build()
+
+    return cut
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("move", [1, 2, 4, 6, 7, 9, 10, 11])
+def test_a_build_that_is_cut_short_leaves_the_one_before(released, cut_short, killed, move, tmp_path):
+    out = tmp_path / "out"
+    released("t/1.png")
+    (out / "README.md").write_text(f"{(out / 'README.md').read_text().partition('<!--')[0]}Mine.")
+    before = files_in(out)
+    cut_short(lambda: released("t/2.png"), move, killed)
+    if killed:
+        assert list(out.glob(".pegs-build.*/old"))
+        with pytest.raises(SessionError, match="no such folder"):
+            released("t/2.png", images=tmp_path / "typo")
+    assert files_in(out) == before
+    released("t/2.png")
+    assert "Mine." in (out / "README.md").read_text() and not list(out.glob(".*"))
+    assert load_dataset(str(out), "turns", split="train")[0]["response"]["text"] == "t/2.png"
+
+
+@pytest.mark.parametrize("move", [1, 3, 6])
+def test_a_first_build_that_is_killed_is_begun_anew(released, cut_short, move, tmp_path):
+    cut_short(lambda: released("t/1.png"), move, killed=True)
+    released("t/1.png")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sessions", "turns", "stickers", "README.md", "dataset.yaml"}  # fmt: skip
+
+
+def test_a_build_writes_inside_its_folder_alone(tmp_path, pack):
+    """The folder may be a disk of its own."""
+    (tmp_path / "disk").mkdir()
+    beside = lambda rows: [path.name for path in tmp_path.iterdir()] == ["disk"] or pytest.fail("written beside")  # noqa: E731
+    build_dataset(["mini"], tmp_path / "disk", stickers=str(pack), on_row=beside)
 
 
 def test_mod(tmp_path):

@@ -16,7 +16,7 @@ from agent_generation.dry import DryLLM
 from agent_generation.run import digest_databases
 from agent_generation.session import Settings
 from dataset_builders.schema import Session
-from pegs.agent_tools import Job, make_profiles, make_sessions, make_writer
+from pegs.agent_tools import Job, make_profiles, make_sessions, make_writer, parse_rates
 from pegs.assemble import load_pack
 from pegs.errors import InputError
 from tests.fixtures.agents import PROFILE, dry_answer
@@ -147,6 +147,21 @@ def test_what_does_not_go_together_is_one_line(profiles, tmp_path, args, said):
     done = pegs("generate", "--profiles", profiles, "--out", tmp_path / "run", "-n", 2, *args)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "rates"),
+    [(["user=0.2"], (0.2, 0.6)), (["system=0"], (0.35, 0.0)), (["user=0.2", "system=1"], (0.2, 1.0)), (["0.3"], (0.3, 0.3)), (["mod"], (0.31, 0.31))],
+)  # fmt: skip
+def test_a_side_whose_rate_is_not_named_keeps_its_own(words, rates):
+    assert parse_rates(words) == rates
+
+
+@pytest.mark.parametrize("share", ["nan", "inf"])
+def test_a_share_of_an_emotion_that_is_no_number_is_one_line(server, tmp_path, share):
+    done = pegs("profiles", "generate", "-n", 3, "--out", tmp_path / "p.jsonl", "--llm", server.url, "--model", "m", "--emotions", f"sadness={share},fear=1")  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert f"expected finite numbers, got sadness={share}, fear=1.0." in done.stderr
 
 
 def test_a_broken_profile_and_a_wrong_key_are_one_line(profiles, tmp_path):

@@ -72,6 +72,7 @@ def test_stats_tell_table_5_and_fill_the_card(work):
         (("dataset", "build", "mini", "--out", "{work}/pack"), "{work}/pack: holds something else than a dataset"),
         (("dataset", "build", "mini", "--stickers", "./typo", "--out", "{tmp}/x"), "typo is not a sticker pack: it has no pack.yaml."),
         (("dataset", "build", "mini", "--out", "{work}/run/sessions.jsonl/x"), "--out {work}/run/sessions.jsonl/x: {work}/run/sessions.jsonl is a file, not a folder."),
+        (("dataset", "build", "mini", "--images", "{tmp}/typo", "--out", "{tmp}/x"), "--images {tmp}/typo: no such folder."),
         (("dataset", "stats", "{tmp}"), "{tmp}: no dataset, it has no dataset.yaml"),
         (("dataset", "stats", "{work}/stickerconv", "--tokenizer", "{tmp}"), "--tokenizer {tmp}: "),
         (("dataset", "push", "{work}/pack", "ines/x"), "{work}/pack: no dataset, it has no dataset.yaml"),

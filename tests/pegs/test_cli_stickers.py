@@ -82,6 +82,7 @@ def test_split_search_export_and_show(pack, tmp_path):
     ("args", "said"),
     [
         (("build", "{tmp}/none", "--out", "{tmp}/x"), "{tmp}/none: no such folder or file"),
+        (("build", "{notes}", "--out", "{tmp}/x"), "{notes}: contents.json: sticker_packs.0.name: Input should be a valid string"),
         (("search", "hi", "--pack", "{tmp}"), "{tmp} is not a sticker pack: it has no pack.yaml."),
         (("search", "hi", "--pack", "{pack}", "--emotion", "glee"), "--emotion glee: must be one of anger,"),
         (("search", "hi", "--pack", "{pack}", "--encoder", "{pack}"), "--encoder {pack}: "),
@@ -97,9 +98,12 @@ def test_split_search_export_and_show(pack, tmp_path):
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(pack, tmp_path, args, said):
-    done = stickers(*(arg.format(tmp=tmp_path, pack=pack) for arg in args))
+    places = {"tmp": tmp_path, "pack": pack, "notes": pack.parent / "notes"}
+    places["notes"].mkdir(exist_ok=True)
+    (places["notes"] / "contents.json").write_text('{"sticker_packs": [{"name": 7}]}')
+    done = stickers(*(arg.format(**places) for arg in args))
     assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1 and said.format(tmp=tmp_path, pack=pack) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and said.format(**places) in done.stderr
 
 
 def test_a_closed_licence_needs_a_word(pack, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from agent_generation.engine import Prices
+from agent_generation.engine import Prices, seed_of
 from dataset_builders.stickers.build import build_from_source
 from dataset_builders.stickers.pack import StickerPack
 from pegs.errors import InputError
@@ -82,6 +82,20 @@ def test_the_same_command_tries_again_what_failed_and_nothing_else(server, pack,
     mended = annotate(server, pack, again)
     assert mended["failed"] == {} and mended["calls"] == 2
     assert all(sticker.emotion for sticker in StickerPack.load(pack).stickers)
+
+
+def test_filtering_asks_again_for_the_answers_that_an_outage_took(server, pack):
+    def filtered():
+        return filter_pack(StickerPack.load(pack), endpoint(server), pack.parent / "kept")
+
+    lost = {seed_of(f"filter/red/{chain}/{attempt}") for chain in range(3) for attempt in range(3)}
+    server.script = lambda body: (400, b'{"error": {"message": "busy"}}') if body["seed"] in lost else script(body)
+    found = filtered()
+    assert (found["stickers"], found["refused"], found["unknown_answers"]) == (2, 1, 3)
+    server.script = script
+    found = filtered()
+    assert (found["stickers"], found["refused"], found["unknown_answers"]) == (3, 0, 0) and 9 <= found["calls"] < 15
+    assert filtered()["calls"] == 0
 
 
 def test_the_budget_counts_what_earlier_commands_spent(server, pack):
