@@ -117,7 +117,10 @@ def _cached(key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def load_pipeline(
-    model: str | os.PathLike = DEFAULT_MODEL, stickers: str = "openmoji", variant: str | None = None
+    model: str | os.PathLike = DEFAULT_MODEL,
+    stickers: str = "openmoji",
+    variant: str | None = None,
+    device: str = "cpu",
 ) -> PegsPipeline:
     """
     Load everything that answers a dialogue.
@@ -126,12 +129,13 @@ def load_pipeline(
         model (`str` or `os.PathLike`, *optional*): Folder or Hub id of a PEGS checkpoint with its decoder.
         stickers (`str`, *optional*, defaults to `"openmoji"`): Pack name or folder.
         variant (`str`, *optional*): If given and `"ret"`, no decoder is loaded.
+        device (`str`, *optional*, defaults to `"cpu"`): Where model and decoder run.
 
     Returns:
         [`PegsPipeline`].
 
     Raises:
-        InputError: If the checkpoint or the pack cannot be read, or the variant is unknown.
+        InputError: If the checkpoint or the pack cannot be read, the variant is unknown, or there is no such device.
 
     """
     folder = resolve_checkpoint(model)
@@ -154,6 +158,12 @@ def load_pipeline(
         raise InputError(
             f"--model {model}: has no model_index.json of a sticker decoder, which --variant {variant} needs."
         )
+    try:
+        pegs.to(device)
+        if decoder is not None:
+            decoder.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     retrieves = pegs.config.num_retrieval_tokens > 0
     embeds = embed_pack(pegs, processor, pack) if retrieves else torch.zeros(len(pack.stickers), 0)
     try:

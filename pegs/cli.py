@@ -15,7 +15,7 @@ from pegs.cli_agents import generate, profiles_app
 from pegs.cli_dataset import dataset_app
 from pegs.cli_evaluate import evaluate_app
 from pegs.cli_hub import card, push
-from pegs.cli_stickers import JsonOption, StickersOption, stickers_app
+from pegs.cli_stickers import DeviceOption, JsonOption, StickersOption, stickers_app
 from pegs.errors import InputError
 from pegs.quiet import quiet_libraries
 
@@ -83,6 +83,7 @@ def respond(
     stickers: StickersOption = "openmoji",
     sticker_rate: RateOption = None,
     seed: Annotated[int, typer.Option(help="Same seed, same reply and sticker.")] = 0,
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Answer one dialogue and write the reply into a folder."""
@@ -93,7 +94,7 @@ def respond(
     from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
     from pegs.serving.respond import write_reply
 
-    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant)
+    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device)
     check_rate(pipeline.model, sticker_rate)
     load_seconds = time.perf_counter() - started
     try:
@@ -116,13 +117,14 @@ def chat(
     variant: VariantOption = "ret",
     stickers: StickersOption = "openmoji",
     sticker_rate: RateOption = None,
+    device: DeviceOption = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
 ) -> None:
     """Chat in the browser, or in the terminal."""
     from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
 
-    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant if terminal else None)
+    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant if terminal else None, device)
     check_rate(pipeline.model, sticker_rate)
     if terminal:
         from pegs.serving.terminal import run_terminal

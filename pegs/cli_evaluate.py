@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pegs.cli_stickers import (
     BudgetOption,
     ConcurrencyOption,
+    DeviceOption,
     JsonOption,
     LanguageOption,
     LlmModelOption,
@@ -92,6 +93,7 @@ def evaluate_predict(
     stickers: StickersOption = "openmoji",
     batch_size: Annotated[int, typer.Option(min=1, help="Turns at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0,
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Answer every System turn of a split with all earlier turns as context; run it again to go on after a kill."""
@@ -137,11 +139,12 @@ def evaluate_predict(
         language_model, tokenizer = load_adapted(baseline, "--baseline")
         decoder, length = None, 0
         if variant == "tool":
-            pipeline = load_pipeline(model or DEFAULT_MODEL, stickers)
+            pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, device=device)
             decoder, length = pipeline.decoder, pipeline.model.config.prompt_length
+        language_model.to(device)  # type: ignore[arg-type]
         predictor = BaselinePredictor(language_model, tokenizer, pack, name or f"baseline-{variant}", decoder, length)
     else:
-        pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant)
+        pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device)
         predictor = PegsPredictor(pipeline, variant, name or f"pegs-{variant}", repeated)
     with told("predicting", len(turns)) as on_row:
         run = run_predictions(predictor, turns, pack, out, seed, batch_size, on_row, made_by)

@@ -84,6 +84,7 @@ def test_respond_is_fast_and_small_enough(messages, tmp_path):
     (["messages.json", "--stickers", "empty"], "is not a sticker pack: it has no pack.yaml"),
     (["cut.json"], "cut.png: not a readable image"),
     (["long.json"], "long.json: The last message has "),
+    (["messages.json", "--device", "abacus"], "--device abacus: "),
 ])  # fmt: skip
 def test_bad_input_gets_one_line_and_exit_2(messages, tmp_path, args, message):
     (tmp_path / "empty").mkdir()
