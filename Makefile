@@ -62,7 +62,7 @@ agents: setup  ## train the adapter with which the embedded default writes dialo
 	$(CPU) configs/mini/sft_agents.yaml
 	mkdir -p checkpoints/agent4sc-mini && cp outputs/mini/sft_agents/adapter_* checkpoints/agent4sc-mini/
 
-generate-demo: setup  ## 20 dialogues with stickers by the embedded default, into outputs/demo (a quarter of an hour)
+generate-demo: setup  ## 20 dialogues with stickers by the embedded default, into outputs/demo (ten minutes)
 	$(BIN)/pegs profiles seeds --out outputs/demo/profiles.jsonl
 	$(BIN)/pegs generate --profiles outputs/demo/profiles.jsonl --out outputs/demo/run -n 20
 

@@ -18,9 +18,10 @@ from agent_generation.llm import ROLES, Reply, Request, RoleSettings, schema_of
 from agent_generation.prefix_cache import PrefixCache
 
 
-MESSAGE = r"[^\n\[\]{}<>*#|]{1,240}[.!?…。！？]"  # free text: one line of plain text that ends where a sentence does
+MESSAGE = r"[^\n\[\]{{}}<>*#|]{{1,{longest}}}[.!?…。！？]"  # free text: one line of plain text that ends where a sentence does
 TOP_K, TOP_P = 256, 0.9
 REPEAT = 4  # tokens in a row that a message shares with nothing said before: small models go round in circles
+REPETITION = 2.0  # nats that a draft loses if all it says in threes of tokens was said before
 
 
 @dataclass
@@ -77,6 +78,19 @@ class Row:
             or len(self.tokens) == self.limit
         )
 
+    @property
+    def merit(self) -> tuple[bool, bool, float]:
+        """What drafts are chosen by: whether it is complete, whether it ended of its own accord, and how likely and new it is."""
+        ids, width = [*(self.said or []), *self.tokens], REPEAT - 1
+        runs = [tuple(ids[i : i + width]) for i in range(len(ids) - width + 1)]
+        new = max(1, len(self.tokens) - width + 1)
+        known = set(runs[:-new])
+        again = 0
+        for run in runs[-new:]:
+            again += run in known
+            known.add(run)
+        return self.complete, self.tokens[-1] == self.eos, float(np.mean(self.log_probs)) - REPETITION * again / new
+
     def _repeating(self, said: list[int]) -> np.ndarray:
         """Tokens that would repeat `REPEAT` tokens; not the end."""
         ids = np.array([*said, *self.tokens])
@@ -107,7 +121,7 @@ class TransformersLLM:
     A causal language model of transformers.
 
     Structured answers follow their JSON schema, and messages are one line that repeats nothing of the chat: other tokens are never sampled. Of a
-    message several are drawn, and the likeliest by its mean log-probability is kept: what a small model is surest of makes the most sense.
+    message several are drawn, and the best is kept ([`Row.merit`]): what a small model is surest of makes the most sense, but it is surest of what was said already.
 
     Args:
         model (`PreTrainedModel`): The model.
@@ -116,6 +130,7 @@ class TransformersLLM:
         roles (`Mapping[str, RoleSettings]`, *optional*): Settings by role; `model` is not heeded.
         batch_size (`int`, *optional*, defaults to 32): Rows of a batch.
         drafts (`int`, *optional*, defaults to 1): Rows of a message.
+        longest (`int`, *optional*, defaults to 240): Characters of a message.
 
     """
 
@@ -125,6 +140,7 @@ class TransformersLLM:
     roles: Mapping[str, RoleSettings] = field(default_factory=lambda: ROLES)
     batch_size: int = 32
     drafts: int = 1
+    longest: int = 240
 
     def __post_init__(self) -> None:
         """Nothing waits yet."""
@@ -214,7 +230,7 @@ class TransformersLLM:
         replies = []
         for n, prompt in enumerate(prompts):
             drafts = [row for row, of in zip(rows, prompt_of, strict=True) if of == n]
-            best = max(drafts, key=lambda row: (row.complete, np.mean(row.log_probs)))
+            best = max(drafts, key=lambda row: row.merit)
             replies.append(
                 Reply(
                     text=str(self.tokenizer.decode(best.tokens, skip_special_tokens=True)),
@@ -263,7 +279,7 @@ class TransformersLLM:
 
     def _matcher(self, request: Request) -> LLMatcher:
         if request.answer is None:
-            grammar = LLMatcher.grammar_from_regex(MESSAGE)
+            grammar = LLMatcher.grammar_from_regex(MESSAGE.format(longest=self.longest))
         else:
             grammar = LLMatcher.grammar_from_json_schema(
                 json.dumps(schema_of(request.answer)),  # written as json.dumps does, which is what models have read

@@ -2,6 +2,7 @@ import asyncio
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pydantic import Field
 from agent_generation.batch_api import BatchLLM
 from agent_generation.dry import DryLLM
 from agent_generation.llm import AnswerError, Form, ModelError, OpenAILLM, Request, RoleSettings
-from agent_generation.local import TransformersLLM
+from agent_generation.local import Row, TransformersLLM
 from agent_generation.memory import Reflection
 from agent_generation.plan import FreePlan, choice_form
 from agent_generation.prefix_cache import PrefixCache
@@ -67,7 +68,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(local):
     assert local.generate([(asked("one"), 4)])[0].text != together[0].text
 
 
-def test_of_several_drafts_the_likeliest_is_kept_and_the_first_is_what_one_alone_would_be(local, monkeypatch):
+def test_of_several_drafts_the_best_is_kept_and_the_first_is_what_one_alone_would_be(local, monkeypatch):
     drawn, draw = [], TransformersLLM._draw
 
     def kept(self, rows, *args):
@@ -77,9 +78,9 @@ def test_of_several_drafts_the_likeliest_is_kept_and_the_first_is_what_one_alone
     monkeypatch.setattr(TransformersLLM, "_draw", kept)
     requests = [(asked("what now", "user"), 70), (asked("go", "user", choice_form(3)), 5)]
     best, choice = replace(local, drafts=3).generate(requests)
-    means = [np.mean(row.log_probs) for row in drawn[0][:3]]
+    merits = [row.merit for row in drawn[0][:3]]
     drafts = [local.generate([(requests[0][0], 70 + n)])[0] for n in range(3)]
-    assert best.text == drafts[int(np.argmax(means))].text and len({draft.text for draft in drafts}) == 3
+    assert best.text == drafts[merits.index(max(merits))].text and len({draft.text for draft in drafts}) == 3
     assert best.completion_tokens == sum(draft.completion_tokens for draft in drafts)
     assert choice.text == local.generate([requests[1]])[0].text
     alone, prompt = drawn[1][0], local._tokens(requests[0][0].messages)
@@ -87,6 +88,23 @@ def test_of_several_drafts_the_likeliest_is_kept_and_the_first_is_what_one_alone
         logits = local.model(torch.tensor([prompt + alone.tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     log_probs = logits.gather(1, torch.tensor(alone.tokens)[:, None])[:, 0]
     assert torch.allclose(log_probs, torch.tensor(alone.log_probs), atol=1e-4)
+
+
+def test_drafts_are_judged_by_how_they_end_how_likely_and_how_new_they_are():
+    said, end = [1, 2, 3, 4, 5], 0
+
+    def merit(tokens, log_prob):
+        row = Row(SimpleNamespace(is_accepting=lambda: False), said, 1.0, 8, np.random.default_rng(), end)
+        row.tokens, row.log_probs = tokens, [log_prob] * len(tokens)
+        return row.merit
+
+    assert merit([6, 7, 8, end], -1.0) == (True, True, -1.0)
+    assert merit([2, 3, 4, end], -1.0)[2] == -1.0 - 2.0 / 2  # one of its two threes was said
+    assert merit([6, 7, 6, 7, 6, end], -1.0)[2] == -1.0 - 2.0 / 4  # or it says it twice
+    assert merit([9, end], -1.0) == merit([4, end], -1.0)  # too short to repeat anything
+    assert (
+        merit([6, 7, end], -2.0) > merit([6, 7], -1.0) > merit([6] * 8, -0.1)
+    )  # cut short by the grammar; by the limit
 
 
 def test_quoted_text_opens_no_message_of_its_own(local):
