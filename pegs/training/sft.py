@@ -151,4 +151,4 @@ def train_sft(args: SftArguments) -> None:
     folder = f"{args.output_dir}/trainer"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
     assert isinstance(trainer.model, PeftModel)
-    save_adapter(trainer.model, Path(args.output_dir), args.language_model["hub_id"])
+    save_adapter(trainer.model, Path(args.output_dir), args.language_model["hub_id"], merged)

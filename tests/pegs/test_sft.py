@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from dataset_builders.stickerconv.sessions import load_mini
 from modeling_pegs.backbones import find_language_model
 from pegs.adapters import EMBEDDED, load_adapted, load_language_model
+from pegs.errors import InputError
 from pegs.training import sft
 from pegs.training.stages import build_arguments, load_config
 from tests.pegs.test_training import ROOT
@@ -64,6 +65,8 @@ def test_an_adapter_is_trained_saved_and_found_again(data, tmp_path, tiny_model,
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     adapted, _ = load_adapted(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with pytest.raises(InputError, match=r"out: was trained on top of something else than .*out; train it anew"):
+        load_language_model(EMBEDDED, [tmp_path / "out", tmp_path / "out"])
     changed = {name for name, tensor in adapted.state_dict().items() if not tensor.equal(plain.state_dict()[name])}
     assert changed and all("proj" in name for name in changed)
 
