@@ -161,17 +161,8 @@ def find_fault(draft: Draft, language: str) -> str | None:
 
 
 def share_out(count: int, shares: Mapping[Emotion, float]) -> list[Emotion]:
-    """
-    `count` emotions in these shares (any positive scale), by largest remainders, in EMOTIONS' order.
-
-    Raises:
-        ProfileError: If a share, or their sum, is no finite number.
-
-    """
+    """`count` emotions in these shares (any positive scale), by largest remainders, in EMOTIONS' order."""
     total = sum(shares.values())
-    if not math.isfinite(total):
-        given = ", ".join(f"{emotion}={share}" for emotion, share in shares.items())
-        raise ProfileError(f"shares of emotions: expected finite numbers, got {given}.")
     exact = {emotion: count * shares.get(emotion, 0.0) / total for emotion in EMOTIONS}
     whole = {emotion: math.floor(number) for emotion, number in exact.items()}
     by_remainder = sorted(EMOTIONS, key=lambda emotion: whole[emotion] - exact[emotion])

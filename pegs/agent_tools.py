@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import sys
 import tempfile
 from collections import Counter
@@ -198,8 +199,8 @@ def parse_shares(text: str) -> dict[Emotion, float]:
         shares = {
             normalise_emotion(name): float(value) for name, value in (part.split("=", 1) for part in text.split(","))
         }
-        if min(shares.values()) < 0 or not sum(shares.values()):
-            raise ValueError("shares must be positive")
+        if min(shares.values()) < 0 or not 0 < sum(shares.values()) < math.inf:
+            raise ValueError("shares must be positive and finite")
         return shares
     except ValueError as error:
         raise InputError(f"--emotions {text}: {error}; expected for example sadness=3,fear=2,happiness=1.") from error

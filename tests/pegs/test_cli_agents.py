@@ -161,7 +161,7 @@ def test_a_side_whose_rate_is_not_named_keeps_its_own(words, rates):
 def test_a_share_of_an_emotion_that_is_no_number_is_one_line(server, tmp_path, share):
     done = pegs("profiles", "generate", "-n", 3, "--out", tmp_path / "p.jsonl", "--llm", server.url, "--model", "m", "--emotions", f"sadness={share},fear=1")  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-    assert f"expected finite numbers, got sadness={share}, fear=1.0." in done.stderr
+    assert f"--emotions sadness={share},fear=1: shares must be positive and finite;" in done.stderr
 
 
 def test_a_broken_profile_and_a_wrong_key_are_one_line(profiles, tmp_path):
