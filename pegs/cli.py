@@ -93,13 +93,14 @@ def respond(
     started = time.perf_counter()
     from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
     from pegs.serving.respond import write_reply
+    from pipelines.pipeline_pegs import TooLongError
 
     pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device)
     check_rate(pipeline.model, sticker_rate)
     load_seconds = time.perf_counter() - started
     try:
         reply = pipeline(dialogue, variant=variant, seed=seed, sticker_rate=sticker_rate)
-    except ValueError as error:  # too long for the model
+    except TooLongError as error:
         raise InputError(f"{messages}: {error}") from error
     response = write_reply(reply, out, load_seconds)
     if as_json:

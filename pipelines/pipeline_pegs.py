@@ -17,6 +17,10 @@ from .selector import StickerSelector
 CONDITIONS = ("generation", "caption", "pooled", "mixed")
 
 
+class TooLongError(ValueError):
+    """A last message that is longer than the model can read; it says by how much."""
+
+
 class Pack(Protocol):
     """What the pipeline needs of a sticker pack."""
 
@@ -209,8 +213,8 @@ class PegsPipeline:
             [`PegsReply`].
 
         Raises:
-            ValueError: If the variant or the condition is unknown, or cannot be served by this model or without a decoder; or if the last message alone is longer
-                than the model can read.
+            ValueError: If the variant or the condition is unknown, or cannot be served by this model or without a decoder.
+            TooLongError: If the last message alone is longer than the model can read.
 
         """
         variant = variant or self.model.config.variant
@@ -266,7 +270,7 @@ class PegsPipeline:
         The model's inputs for a dialogue, without the oldest exchanges where there is else no room for `max_new_tokens` and a sticker; a system message stays.
 
         Raises:
-            ValueError: If there is no room for the last message.
+            TooLongError: If there is no room for the last message.
 
         """
         first = int(messages[0]["role"] == "system")
@@ -281,7 +285,7 @@ class PegsPipeline:
             if length <= room:
                 return inputs.to(self.model.device)
             if len(messages) < first + 3:
-                raise ValueError(f"The last message has {length} tokens, and the model can read {room}.")
+                raise TooLongError(f"The last message has {length} tokens, and the model can read {room}.")
             messages = [*messages[:first], *messages[first + 2 :]]
 
     def serves(self, variant: str) -> bool:
@@ -440,4 +444,4 @@ class PegsPipeline:
                 self.counts.update(("stickers", "retrieved" if reply.sticker_id else "drawn"))
 
 
-__all__ = ["CONDITIONS", "PegsPipeline", "PegsReply", "Retrieved"]
+__all__ = ["CONDITIONS", "PegsPipeline", "PegsReply", "Retrieved", "TooLongError"]

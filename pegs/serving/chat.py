@@ -198,9 +198,8 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         gallery.select(pick, shelf, picked)
         inputs = [box, upload, picked, history, kind, rate, seed, chatbot]
         outputs = [chatbot, history, box, upload, picked]
-        sending = gr.on(
-            [box.submit, button.click], send, inputs, outputs
-        )  # one event, so that only one message is under way
+        # one event, so that only one message is under way
+        sending = gr.on([box.submit, button.click], send, inputs, outputs)
         undo_button.click(undo, [history, chatbot], [chatbot, history, box], cancels=[sending])
         clear_button.click(lambda: ([], [], "", None, None), None, outputs, cancels=[sending])
     return page

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from modeling_pegs.processing_pegs import StickerImageError, load_sticker
-from pipelines.pipeline_pegs import PegsPipeline
+from pipelines.pipeline_pegs import PegsPipeline, TooLongError
 
 
 HELP = "Type a message. /sticker FILE sends a picture with your next message, /clear starts over, /quit ends."
@@ -50,7 +50,7 @@ def run_terminal(pipeline: PegsPipeline, variant: str, sticker_rate: float | Non
                 reply = pipeline(
                     messages, variant=variant, seed=len(messages), exclude=sent, sticker_rate=sticker_rate
                 )
-            except ValueError as error:  # too long for the model
+            except TooLongError as error:
                 console.print(str(error), style="red", markup=False)
                 messages.pop()
                 continue

@@ -6,7 +6,7 @@ import pytest
 
 from pegs.serving import terminal
 from pegs.serving.chat import build_chat
-from pipelines.pipeline_pegs import PegsReply
+from pipelines.pipeline_pegs import PegsReply, TooLongError
 from tests.fixtures import tiny
 
 
@@ -26,7 +26,7 @@ class Parrot:
     def __call__(self, messages, **_):
         text = messages[-1]["content"][0]["text"]
         if len(text) > 100:
-            raise ValueError("The last message has 9000 tokens, and the model can read 8112.")
+            raise TooLongError("The last message has 9000 tokens, and the model can read 8112.")
         return PegsReply(f"so {text}", None, "", "ret", [], None, None, 0)
 
 
