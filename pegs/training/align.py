@@ -2,11 +2,12 @@
 Stage `align`: preference optimisation (DPO, arXiv:2305.18290) of a reply's two decisions about its sticker, whether to send one and which.
 
 A gold reply and one that differs from it in such a decision alone share all that comes before, so the log-ratio of the pair is a difference of two scores
-of the same hidden state. With the language model frozen these states never change and are computed once; what learns is the output row of `[IMG1]` and the
-replies' projection into the retrieval space. Words change only where `[IMG1]` outgrows the next one, which ends a reply there. (`trl.DPOTrainer` runs each pair as two whole dialogues, and does not take a
-model whose output embeddings are two matrices.)
+of the same hidden state. With the language model frozen these states never change and are computed once; what learns is the timing head, which moves probability between
+`[IMG1]` and the end of a reply, and the replies' projection into the retrieval space. No word becomes more or less likely. (`trl.DPOTrainer` runs each pair as two whole dialogues, and
+does not take a model whose output embeddings are two matrices.)
 """
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from dataset_builders.schema import EMOTIONS
+from dataset_builders.stickerconv.sessions import load_openers
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from pegs.assemble import embed_pack, load_pack
 from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.data_collator import DataCollatorForPegs
-from pegs.training.dialogues import sent_stickers
+from pegs.training.dialogues import opener_messages, sent_stickers
 from pegs.training.generation import below_the_heads
 from pegs.training.language import sendable, training_dialogues
 from pegs.training.loop import LoopArguments, train_loop
@@ -43,10 +45,12 @@ class AlignArguments(LoopArguments):
         init_from (`str`): Checkpoint that the stage starts from, which is the reference too.
         stickers (`str`): Annotated sticker pack, by name, folder or Hub id.
         sessions (`str`): JSON Lines file of the sessions; StickerConv-mini if empty.
-        openers (`bool`): Whether the openers' decisions are learned beside the sessions'.
+        openers (`bool`): Whether the openers' stickers are learned beside the sessions'; when one is sent is learned from the sessions alone, since openers send them for other
+            reasons than replies in mid-talk.
         max_length (`int`): Longest dialogue in tokens; a longer one loses its oldest turns.
         beta (`float`): How much the reference weighs.
-        noise (`float`): Standard deviation of the noise on the hidden states, relative to theirs.
+        timing_noise (`float`): Standard deviation of the noise on the hidden states at the replies' last words, relative to theirs.
+        noise (`float`): The same for those of the retrieval tokens.
 
     """
 
@@ -56,6 +60,7 @@ class AlignArguments(LoopArguments):
     openers: bool = False
     max_length: int = 1024
     beta: float = 0.5
+    timing_noise: float = 0.5
     noise: float = 1.0
 
 
@@ -125,13 +130,12 @@ class Decider(nn.Module):
 
     def __init__(self, model: PegsModel, vectors: torch.Tensor, emotions: torch.Tensor, beta: float) -> None:
         super().__init__()
-        self.index = model.config.img_token_ids[0] - model.config.first_new_token_id
         self.temperature, self.beta = model.config.retrieval_temperature, beta
-        sticker = model.added_vocabulary.head.weight[self.index].detach().float()
+        self.timing = copy.deepcopy(model.timing_head).float()
+        self.first_timing = copy.deepcopy(self.timing).requires_grad_(False)
         projection = model.retrieval_head.text_projection.weight.detach().float()
-        self.sticker, self.projection = nn.Parameter(sticker.clone()), nn.Parameter(projection.clone())
-        buffers = {"first_sticker": sticker, "first_projection": projection, "vectors": vectors, "emotions": emotions}
-        for name, tensor in buffers.items():
+        self.projection = nn.Parameter(projection.clone())
+        for name, tensor in {"first_projection": projection, "vectors": vectors, "emotions": emotions}.items():
             self.register_buffer(name, tensor.clone())
 
     def log_probs(self, spans: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
@@ -141,14 +145,14 @@ class Decider(nn.Module):
 
     def forward(self, ends: torch.Tensor, sent: torch.Tensor, spans: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
         """The loss of decisions `(n, d)` with `(n,)` and `(S, k, d)` with `(S,)`; see [`decision_states`]."""
-        when = timing_loss(ends @ (self.sticker - self.first_sticker), sent, self.beta)
+        when = timing_loss((self.timing(ends) - self.first_timing(ends)).squeeze(-1), sent, self.beta)
         log_probs, reference = self.log_probs(spans, self.projection), self.log_probs(spans, self.first_projection)
         return when + emotion_loss(log_probs, reference, gold, self.emotions, self.beta)
 
     @torch.no_grad()
     def put_into(self, model: PegsModel) -> None:
         """Give a model these weights."""
-        model.added_vocabulary.head.weight[self.index] = self.sticker
+        model.timing_head.load_state_dict(self.timing.state_dict())
         model.retrieval_head.text_projection.weight.copy_(self.projection)
 
 
@@ -225,12 +229,20 @@ def train_align(args: AlignArguments) -> None:
     if not model.config.num_retrieval_tokens:
         raise ConfigError(f"{args.init_from} has no retrieval tokens")
     pack = load_pack(args.stickers)
-    dialogues = training_dialogues(args.sessions, args.openers, pack)
-    states = kept(
-        Path(args.output_dir) / "state" / "decisions.safetensors",
-        digest(below_the_heads(model), without_pictures(dialogues), [s.id for s in pack.stickers], args.max_length),
-        lambda: decision_states(model, processor, pack, dialogues, args.max_length),
-    )
+    weights, ids = below_the_heads(model), [sticker.id for sticker in pack.stickers]
+
+    def states_of(name: str, dialogues: list[list[dict]]) -> dict[str, torch.Tensor]:
+        return kept(
+            Path(args.output_dir) / "state" / f"{name}.safetensors",
+            digest(weights, without_pictures(dialogues), ids, args.max_length),
+            lambda: decision_states(model, processor, pack, dialogues, args.max_length),
+        )
+
+    states = states_of("sessions", training_dialogues(args.sessions, False, pack))
+    if args.openers:
+        of_openers = states_of("openers", [opener_messages(opener, pack) for opener in load_openers()])
+        states |= {name: torch.cat([states[name], of_openers[name]]) for name in ("spans", "gold")}
+    model.add_timing_head()
     logger.info("%d decisions, %d stickers sent", len(states["ends"]), len(states["spans"]))
     allowed = {sticker.id for sticker in sendable(pack)}
     rows = torch.tensor([row for row, sticker in enumerate(pack.stickers) if sticker.id in allowed])
@@ -240,7 +252,8 @@ def train_align(args: AlignArguments) -> None:
     emotions = torch.tensor([EMOTIONS.index(pack.stickers[row].emotion) for row in rows.tolist()])
     vectors = embed_pack(model, processor, pack)[rows]
     decider = Decider(model, vectors, emotions, args.beta)
-    spread = {name: args.noise * states[name].std(dim=0) for name in ("ends", "spans")}
+    noise = {"ends": args.timing_noise, "spans": args.noise}
+    spread = {name: size * states[name].std(dim=0) for name, size in noise.items()}
 
     def loss_fn(decider: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
         for name, size in spread.items():

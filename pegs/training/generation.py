@@ -149,7 +149,7 @@ def gather_drawn(
 
 def below_the_heads(model: PegsModel) -> dict[str, torch.Tensor]:
     """The weights that hidden states depend on."""
-    heads = ("feature_mapper", "retrieval_head")
+    heads = ("feature_mapper", "retrieval_head", "timing_head")
     return {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] not in heads}
 
 

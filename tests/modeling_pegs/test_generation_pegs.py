@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
-from modeling_pegs import generation_pegs
+from modeling_pegs import PegsModel, generation_pegs
 from modeling_pegs.generation_pegs import (
     StickerLogitsProcessor,
+    add_sticker_odds,
     draw_thresholds,
     find_sticker_bias,
     sticker_odds,
@@ -104,6 +105,40 @@ def test_the_end_takes_over_what_the_sticker_would_get():
     torch.testing.assert_close(new[:, 1] / new[:, 2], old[:, 1] / old[:, 2])
     torch.testing.assert_close(processor.odds[0], (old[:, 6] / old[:, [1, 2]].sum(-1)).log())
     assert (processor(torch.zeros(3, 2, dtype=torch.long), scores)[:, [1, 2, 5, 6, 7, 8]] == -torch.inf).all()
+
+
+def test_what_the_sticker_gains_the_end_loses():
+    generator = torch.Generator().manual_seed(0)
+    scores, gain = torch.randn(2, 3, 9, generator=generator), torch.randn(2, 3, generator=generator)
+    before = scores.clone().requires_grad_()
+    after = add_sticker_odds(before, gain, img1_id=6, stop_ids=[1, 2])
+    old, new = before.softmax(-1), after.softmax(-1)
+    words = [0, 3, 4, 5, 7, 8]
+    torch.testing.assert_close(new[..., words], old[..., words])
+    torch.testing.assert_close(new[..., 1] / new[..., 2], old[..., 1] / old[..., 2])
+    torch.testing.assert_close(sticker_odds(after, 6, [1, 2]), sticker_odds(before, 6, [1, 2]) + gain)
+    after.square().sum().backward()
+    assert before.grad.isfinite().all()
+    far = add_sticker_odds(scores, torch.tensor(300.0).expand(2, 3), 6, [1, 2])
+    assert far.isfinite().all()
+
+
+def test_a_timing_head_decides_on_stickers_and_leaves_the_words(processor, tmp_path):
+    model = tiny.make_tiny_model()
+    inputs = prompts(processor, [tiny.dialogue(), tiny.dialogue(stickers=False)])
+    asked = {**ALWAYS, "sticker_bias": 0.0}
+    plain = model.generate(**inputs, **asked)
+    model.add_timing_head()
+    for bias, sends in ((200.0, True), (-200.0, False)):
+        torch.nn.init.constant_(model.timing_head.bias, bias)
+        model.save_pretrained(tmp_path)
+        again = PegsModel.from_pretrained(tmp_path)
+        output = again.generate(**inputs, **asked)
+        assert texts_of(output, inputs["input_ids"].shape[1], model) == texts_of(
+            plain, inputs["input_ids"].shape[1], model
+        )
+        assert (output.sticker_mask == sends).all()
+        torch.testing.assert_close(output.sticker_logit - plain.sticker_logit, torch.full((2,), bias))
 
 
 def texts_of(output, prompt_length, model):

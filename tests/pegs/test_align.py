@@ -6,6 +6,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from modeling_pegs import PegsModel
 from pegs.training.align import AlignArguments, Pairs, emotion_loss, find_decisions, timing_loss
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.stages import main
@@ -105,15 +106,20 @@ def test_the_stage_learns_what_is_preferred_and_leaves_the_words(tmp_path):
     assert main(["--config", str(tmp_path / "align.yaml")]) == 0
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"added_vocabulary.head.weight", "retrieval_head.text_projection.weight"}
-    rows = (before["added_vocabulary.head.weight"] != after["added_vocabulary.head.weight"]).any(dim=1)
-    assert rows.nonzero().flatten().tolist() == [3]  # [IMG1], after <Img>, </Img> and <IMG>
-    states = load_file(tmp_path / "out" / "state" / "decisions.safetensors")
+    assert changed == {"retrieval_head.text_projection.weight"}
+    assert set(after) - set(before) == {"timing_head.weight", "timing_head.bias"}
+    states = load_file(tmp_path / "out" / "state" / "sessions.safetensors")
     assert states["sent"].any() and not states["sent"].all()
+    scores = [
+        PegsModel.from_pretrained(tmp_path / name).score(states["ends"]).log_softmax(-1) for name in ("start", "out")
+    ]
+    ends = [tiny.EOS, start.config.img_token_ids[0]]
+    words = [i for i in range(scores[0].shape[1]) if i not in ends]
+    torch.testing.assert_close(scores[0][:, words], scores[1][:, words], rtol=0, atol=1e-5)
     gaps = []
-    for head in (before, after):
-        margins = states["ends"] @ head["added_vocabulary.head.weight"][3]
-        gaps.append(margins[states["sent"]].mean().item() - margins[~states["sent"]].mean().item())
+    for score in scores:
+        odds = score[:, ends[1]] - score[:, ends[0]]
+        gaps.append((odds[states["sent"]].mean() - odds[~states["sent"]].mean()).item())
     assert gaps[1] > gaps[0] + 0.2
     values["init_from"] = str(tmp_path / "gen")
     tiny.make_tiny_model(num_retrieval_tokens=0, variant="gen").save_pretrained(tmp_path / "gen")
