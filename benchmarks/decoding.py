@@ -1,10 +1,10 @@
 """
 Few steps against many, and what a reply with a sticker takes: one JSON line.
 
-    python benchmarks/decoding.py [--model checkpoints/pegs-mini] [--decoder DIR] [--against DIR] [--stickers 110] [--replies 12]
+    python benchmarks/decoding.py [--model checkpoints/pegs-mini] [--decoder DIR] [--against DIR] [--stickers 110] [--seeds 0 1 2] [--replies 12]
 
-`drawing`: the captions of held-out stickers, each drawn in 4 steps without guidance and in 50 steps with guidance, in turn, one sticker a call, so that both meet the same
-machine. Seconds are medians of whole calls (denoiser, autoencoder, safety check); `denoising` leaves all
+`drawing`: the captions of held-out stickers, each drawn in 4 steps without guidance and in 50 steps with guidance, in turn and from each seed, one sticker a call, so that both meet the
+same machine. Seconds are medians of whole calls (denoiser, autoencoder, safety check); `denoising` leaves all
 but the denoiser out. A drawing's emotion is named by the vote of the five nearest training stickers under PEGS' vision tower, which the decoder was not trained with; how often that
 judge is right about real held-out stickers is told beside it. `replies`: whole answers to test dialogues, text and sticker, with everything loaded.
 """
@@ -17,9 +17,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
+from dataset_builders.schema import Sticker
 from dataset_builders.stickerconv.sessions import load_mini
 from pegs.assemble import DEFAULT_MODEL, load_pipeline
 from pegs.evaluation.drawing import DrawingJudge
@@ -68,45 +70,49 @@ class Drawer:
         return image
 
 
-def agreement(said: list[str], meant: list[str]) -> dict[str, float]:
-    """Share of the emotions that are as meant, in per cent, with its standard error."""
-    share = sum(a == b for a, b in zip(said, meant, strict=True)) / len(meant)
-    return {
-        "percent": round(100 * share, 1),
-        "standard_error": round(100 * math.sqrt(share * (1 - share) / len(meant)), 1),
-    }
+def percent(hits: np.ndarray) -> dict[str, float]:
+    """Mean of hits `(captions, seeds)` in per cent, with its standard error over the captions."""
+    of_captions = 100 * hits.mean(axis=1)
+    error = of_captions.std(ddof=1) / math.sqrt(len(of_captions))
+    return {"percent": round(of_captions.mean(), 1), "standard_error": round(error, 1)}
 
 
-def compare_drawing(pegs: PegsPipeline, few: Drawer, many: Drawer, count: int, seed: int) -> dict:
-    """Time and emotion of `count` held-out captions drawn by both."""
+def compare_drawing(pegs: PegsPipeline, few: Drawer, many: Drawer, count: int, seeds: list[int]) -> dict:
+    """Time and emotion of `count` held-out captions drawn by both, from each seed."""
     held_out = pegs.pack.split("test")
     chosen = held_out[:: max(1, len(held_out) // count)][:count]
     states = encode_captions([sticker.caption for sticker in chosen], pegs.model.config.prompt_length)
     for drawer in (few, many):
-        drawer(states[:1], seed)
+        drawer(states[:1], 0)
         drawer.calls, drawer.denoising = [], []
     pictures: dict[str, list[Image.Image]] = {"few": [], "many": []}
     for i, prompt_embeds in enumerate(states.split(1)):
-        pictures["few"].append(few(prompt_embeds, seed + i))
-        pictures["many"].append(many(prompt_embeds, seed + i))
-    judge, meant = DrawingJudge.of(pegs, pegs.pack), [sticker.emotion for sticker in chosen]
+        for seed in seeds:
+            pictures["few"].append(few(prompt_embeds, seed * len(chosen) + i))
+            pictures["many"].append(many(prompt_embeds, seed * len(chosen) + i))
+    judge = DrawingJudge.of(pegs, pegs.pack)
 
-    def name_emotions(images: list[Image.Image]) -> list[str]:
-        return judge.name_emotions(judge.embed(images))
+    def as_meant(images: list[Image.Image], stickers: list[Sticker]) -> np.ndarray:
+        said = np.array(judge.name_emotions(judge.embed(images))).reshape(len(stickers), -1)
+        return said == np.array([[sticker.emotion] for sticker in stickers])
 
-    real = name_emotions([pegs.pack.image(sticker.id) for sticker in held_out])
+    real = as_meant([pegs.pack.image(sticker.id) for sticker in held_out], held_out)
+    hits = {name: as_meant(images, chosen) for name, images in pictures.items()}
+    frequent = Counter(sticker.emotion for sticker in chosen).most_common(1)[0][1]
     seconds = {"few": statistics.median(few.calls), "many": statistics.median(many.calls)}
     denoising = {"few": statistics.median(few.denoising), "many": statistics.median(many.denoising)}
     return {
         "captions": len(chosen),
+        "seeds": seeds,
         "steps": {"few": FEW, "many": MANY},
         "guidance": {"few": 1.0, "many": GUIDANCE},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "times_faster": round(seconds["many"] / seconds["few"], 1),
         "denoising_times_faster": round(denoising["many"] / denoising["few"], 1),
-        "emotion_agreement": {name: agreement(name_emotions(images), meant) for name, images in pictures.items()},
-        "judge_on_real_held_out_stickers": agreement(real, [sticker.emotion for sticker in held_out]),
-        "most_frequent_emotion_percent": round(100 * Counter(meant).most_common(1)[0][1] / len(meant), 1),
+        "emotion_agreement": {name: percent(found) for name, found in hits.items()},
+        "few_less_many": percent(hits["few"].astype(float) - hits["many"]),
+        "judge_on_real_held_out_stickers": percent(real),
+        "most_frequent_emotion_percent": round(100 * frequent / len(chosen), 1),
     }
 
 
@@ -136,7 +142,7 @@ def main() -> None:
     parser.add_argument("--against", help="decoder of many steps, default the model's")
     parser.add_argument("--stickers", type=int, default=110, help="how many held-out captions are drawn")
     parser.add_argument("--replies", type=int, default=12, help="how many dialogues are answered by each variant")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each caption is drawn once from each")
     args = parser.parse_args()
     quiet_libraries()
     pegs = load_pipeline(args.model)
@@ -152,8 +158,8 @@ def main() -> None:
                 "model": Path(args.model).name,
                 **{name: Path(folder).name for name, folder in decoders.items()},
                 "threads": torch.get_num_threads(),
-                "drawing": compare_drawing(pegs, few, many, args.stickers, args.seed),
-                "replies": time_replies(pegs, args.replies, args.seed),
+                "drawing": compare_drawing(pegs, few, many, args.stickers, args.seeds),
+                "replies": time_replies(pegs, args.replies, args.seeds[0]),
             }
         )
     )
