@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -121,6 +121,7 @@ def load_pipeline(
     stickers: str = "openmoji",
     variant: str | None = None,
     device: str = "cpu",
+    revision: str | None = None,
 ) -> PegsPipeline:
     """
     Load everything that answers a dialogue.
@@ -130,6 +131,7 @@ def load_pipeline(
         stickers (`str`, *optional*, defaults to `"openmoji"`): Pack name or folder.
         variant (`str`, *optional*): If given and `"ret"`, no decoder is loaded.
         device (`str`, *optional*, defaults to `"cpu"`): Where model and decoder run.
+        revision (`str`, *optional*): Branch, tag or commit of a repository.
 
     Returns:
         [`PegsPipeline`].
@@ -138,7 +140,7 @@ def load_pipeline(
         InputError: If the checkpoint or the pack cannot be read, the variant is unknown, or there is no such device.
 
     """
-    folder = resolve_checkpoint(model)
+    folder = resolve_checkpoint(model, revision)
     pack = load_pack(stickers)
     try:
         pegs = AutoModel.from_pretrained(folder)
@@ -199,20 +201,25 @@ def caption_encoder(decoder: StickerPipeline | None) -> Callable[[list[str]], to
     return encode
 
 
-def resolve_checkpoint(model: str | os.PathLike) -> Path:
+def resolve_checkpoint(model: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    Local folder of a checkpoint, downloaded if `model` is a Hub id.
+    Local folder of a checkpoint, downloaded if `model` is a Hub id, at `revision` (branch, tag or commit).
 
     Raises:
-        InputError: If there is no such folder or repository, or it lacks configuration or weights.
+        InputError: If there is no such folder or repository, it has no such revision, or it lacks configuration or weights.
 
     """
     folder = Path(model)
-    if not folder.is_dir():
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"--revision {revision}: --model {model} is a folder; revisions are of repositories.")
+    else:
         if folder.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
             raise InputError(f"--model {model}: no such folder.")
         try:
-            folder = Path(snapshot_download(str(model)))
+            folder = Path(snapshot_download(str(model), revision=revision))
+        except RevisionNotFoundError as error:
+            raise InputError(f"--revision {revision}: {model} has no such branch, tag or commit.") from error
         except Exception as error:
             raise InputError(f"--model {model}: neither a folder nor a repository that can be reached.") from error
     if not (folder / "config.json").is_file():

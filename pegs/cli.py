@@ -15,7 +15,7 @@ from pegs.cli_agents import generate, profiles_app
 from pegs.cli_dataset import dataset_app
 from pegs.cli_evaluate import evaluate_app
 from pegs.cli_hub import card, push
-from pegs.cli_stickers import DeviceOption, JsonOption, StickersOption, stickers_app
+from pegs.cli_stickers import DeviceOption, JsonOption, RevisionOption, StickersOption, stickers_app
 from pegs.errors import InputError
 from pegs.quiet import quiet_libraries
 
@@ -79,6 +79,7 @@ def respond(
     messages: Annotated[Path, typer.Argument(help="Dialogue in the multimodal chat format.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for response.json and sticker.png.")],
     model: ModelOption = "",
+    revision: RevisionOption = None,
     variant: VariantOption = "ret",
     stickers: StickersOption = "openmoji",
     sticker_rate: RateOption = None,
@@ -95,7 +96,7 @@ def respond(
     from pegs.serving.respond import write_reply
     from pipelines.pipeline_pegs import TooLongError
 
-    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device)
+    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device, revision)
     check_rate(pipeline.model, sticker_rate)
     load_seconds = time.perf_counter() - started
     try:
@@ -115,6 +116,7 @@ def respond(
 def chat(
     terminal: Annotated[bool, typer.Option("--terminal", help="Chat in the terminal.")] = False,
     model: ModelOption = "",
+    revision: RevisionOption = None,
     variant: VariantOption = "ret",
     stickers: StickersOption = "openmoji",
     sticker_rate: RateOption = None,
@@ -125,7 +127,7 @@ def chat(
     """Chat in the browser, or in the terminal."""
     from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
 
-    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant if terminal else None, device)
+    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant if terminal else None, device, revision)
     check_rate(pipeline.model, sticker_rate)
     if terminal:
         from pegs.serving.terminal import run_terminal

@@ -20,6 +20,7 @@ from pegs.cli_stickers import (
     LlmModelOption,
     PriceInOption,
     PriceOutOption,
+    RevisionOption,
     StickersOption,
 )
 from pegs.errors import InputError
@@ -74,6 +75,7 @@ def evaluate_predict(
         str,
         typer.Option(help="Folder or Hub id of a PEGS checkpoint.", show_default="the embedded mini model"),
     ] = "",
+    revision: RevisionOption = None,
     variant: Annotated[
         Literal["ret", "gen", "rag", "text", "tool", "minilm", "random"],
         typer.Option(help="Retrieved, drawn, or both; or a baseline."),
@@ -124,8 +126,11 @@ def evaluate_predict(
         made_by["baseline"] = digest_weights(baseline)
     if repeated is not None:
         made_by["replies"] = repeated.sha256
-    if variant not in ("text", "minilm", "random"):
-        made_by["model"] = digest_weights(resolve_checkpoint(model or DEFAULT_MODEL))
+    if variant in ("ret", "gen", "rag"):
+        made_by["model"] = digest_weights(resolve_checkpoint(model or DEFAULT_MODEL, revision))
+    elif variant == "tool":
+        folder = resolve_checkpoint(model or DEFAULT_MODEL, revision)
+        made_by["decoder"] = " ".join(digest_weights(folder / part) for part in ("unet", "vae"))
     predictor: Predictor
     if repeated is not None and variant in ("minilm", "random"):
         from dataset_builders.stickers.encoder import TextEncoder
@@ -139,12 +144,12 @@ def evaluate_predict(
         language_model, tokenizer = load_adapted(baseline, "--baseline")
         decoder, length = None, 0
         if variant == "tool":
-            pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, device=device)
+            pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, device=device, revision=revision)
             decoder, length = pipeline.decoder, pipeline.model.config.prompt_length
         language_model.to(device)  # type: ignore[arg-type]
         predictor = BaselinePredictor(language_model, tokenizer, pack, name or f"baseline-{variant}", decoder, length)
     else:
-        pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device)
+        pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device, revision)
         predictor = PegsPredictor(pipeline, variant, name or f"pegs-{variant}", repeated)
     with told("predicting", len(turns)) as on_row:
         run = run_predictions(predictor, turns, pack, out, seed, batch_size, on_row, made_by)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 stickers_app = typer.Typer(help="Sticker packs.", no_args_is_help=True)
 
 DeviceOption = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of the --model on the Hub.")
+]
 StickersOption = Annotated[str, typer.Option("--stickers", help="Sticker pack: a name or a folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PackOption = Annotated[Path, typer.Option("--pack", help="Folder of the pack.")]

@@ -188,6 +188,11 @@ def test_checkpoints_and_a_space_come_back_equal(hub, tmp_path, model, processor
     done = run(
         hub, tmp_path / "down", ALONE + DIGEST + DOWN_CHECKPOINTS, revision, json.dumps(LLAMA), cwd=tmp_path / "alone"
     )
+    chosen = "import sys\nfrom pegs.assemble import resolve_checkpoint\nprint(resolve_checkpoint('tester/pegs', sys.argv[1]).name)"
+    assert run(hub, tmp_path / "chosen", chosen, revision).stdout.strip() == revision
+    (tmp_path / "messages.json").write_text('[{"role": "user", "content": "hello"}]')
+    code, _, lines, _ = pegs(hub, tmp_path / "chosen", "respond", tmp_path / "messages.json", "--out", tmp_path / "out", "--model", "tester/pegs", "--revision", "v9")  # fmt: skip
+    assert code == 2 and "--revision v9: tester/pegs has no such branch, tag or commit." in " ".join(lines)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["model"] == digest(model.state_dict()) and found["newest"] == digest(changed.state_dict())
     assert found["tester/pegs"] == found["tester/processor"] == digest(encode(processor))

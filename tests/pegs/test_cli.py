@@ -81,6 +81,7 @@ def test_respond_is_fast_and_small_enough(messages, tmp_path):
     (["messages.json", "--model", "empty"], "--model empty: has no config.json"),
     (["messages.json", "--model", "weightless"], "--model weightless: has no weights"),
     (["messages.json", "--model", "nowhere"], "--model nowhere: no such folder"),
+    (["messages.json", "--model", "empty", "--revision", "v1"], "--revision v1: --model empty is a folder"),
     (["messages.json", "--stickers", "empty"], "is not a sticker pack: it has no pack.yaml"),
     (["cut.json"], "cut.png: not a readable image"),
     (["long.json"], "long.json: The last message has "),
