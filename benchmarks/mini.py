@@ -110,6 +110,22 @@ def compare_timing(replies: dict[int, list[WrittenReply]], turns: list[SystemTur
     }
 
 
+def compare_requests(pipeline: PegsPipeline) -> dict[str, dict[str, float]]:
+    """How often a sticker of the whole pack that is asked for by name is the one sent, and by the retrieval tokens alone: of captions that were trained on and of held-out ones."""
+    figures = {}
+    for name, stickers in (("known", pipeline.pack.split("train")[::4]), ("held_out", pipeline.pack.split("test"))):
+        asked = [f"Send me the {sticker.tags[0]} sticker, please." for sticker in stickers]
+        contexts = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in asked]
+        replies = write_replies(pipeline, contexts, sticker_bias=math.inf, do_sample=False)
+        hits = {"pegs": 0, "retrieval_tokens": 0}
+        for sticker, reply in zip(stickers, replies, strict=True):
+            meant = pipeline.read_prompt_embeds(reply.prompt_embeds.unsqueeze(0))
+            for way, query in (("retrieval_tokens", reply.query), ("pegs", reply.query if meant is None else meant)):
+                hits[way] += pipeline.retrieve(query, 1)[0].id == sticker.id
+        figures[name] = {"requests": len(stickers)} | {way: round(n / len(stickers), 4) for way, n in hits.items()}
+    return figures
+
+
 def main() -> None:
     """Print the figures and draw the sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -159,6 +175,7 @@ def main() -> None:
     figures["gold_stickers"] = len(asked)
     figures["retrieved_emotion_accuracy"] = means(hits, names)
     figures["retrieved_emotion_macro_accuracy"] = macro(hits, names, golds)
+    figures["asked_for_by_name"] = compare_requests(pipeline)
     chance = sum(1 / len(ids) for ids in databases.values()) / len(databases)
     figures["retrieval_in_database"] = means(found, names) | {"chance_recall_at_1": round(chance, 4)}
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from .finishing import finish
 from .selector import StickerSelector
@@ -132,6 +133,27 @@ class PegsPipeline:
                     "trained for each other."
                 )
 
+    def read_prompt_embeds(self, prompt_embeds: torch.Tensor | None, clarity: float = 0.93) -> torch.Tensor | None:
+        """
+        The caption that a reply's generation tokens ask for, where they clearly ask for one.
+
+        They stand for the states of a caption. Where these are of the sentence encoder in whose space captions are retrieved, as at the mini scale, their mean is the
+        caption's vector: nearly that of a sticker of the pack when the user asked for a thing or the feeling is plain, far from all when many stickers would do.
+
+        Args:
+            prompt_embeds (`torch.Tensor` of shape `(1, L, D)`, *optional*): `sticker_prompt_embeds` of a reply.
+            clarity (`float`, *optional*, defaults to 0.93): Least cosine between their mean and a vector of the pack.
+
+        Returns:
+            `torch.Tensor` of shape `(e,)`: Unit vector, to be used as a query; `None` where they are not clear, or not of that encoder.
+
+        """
+        config = self.model.config
+        if prompt_embeds is None or config.retrieval_text_encoder is None or config.prompt_dim != config.retrieval_dim:
+            return None
+        meant = F.normalize(prompt_embeds[0].float().sum(dim=0), dim=-1)
+        return meant if (self.pack_embeds @ meant.to(self.pack_embeds)).max() >= clarity else None
+
     def retrieve(self, query: torch.Tensor, top_k: int = 5, exclude: Sequence[str] = ()) -> list[Retrieved]:
         """
         Find the stickers nearest to a reply.
@@ -158,6 +180,7 @@ class PegsPipeline:
         seed: int = 0,
         exclude: Sequence[str] = (),
         max_new_tokens: int = 64,
+        clarity: float = 0.93,
         condition: str | None = None,
         emotion: str | None = None,
         emotion_scale: float = 1.0,
@@ -184,6 +207,11 @@ class PegsPipeline:
             exclude (`Sequence[str]`, *optional*): Sticker ids not to send again.
             max_new_tokens (`int`, *optional*, defaults to 64): Longest text.
             **generate_kwargs: More arguments of `PegsModel.generate`.
+
+        > Parameters that control which sticker is meant
+
+        Args:
+            clarity (`float`, *optional*, defaults to 0.93): See [`read_prompt_embeds`]; above 1, only the retrieval tokens count, as in the paper.
 
         > Parameters that control what is drawn
 
@@ -239,8 +267,9 @@ class PegsPipeline:
         started = time.perf_counter()
         if output.sticker_mask[0]:
             query = None
+            meant = self.read_prompt_embeds(output.sticker_prompt_embeds, clarity)
             if output.sticker_queries is not None:
-                query = output.sticker_queries[0]
+                query = output.sticker_queries[0] if meant is None else meant
                 reply.retrieved = self.retrieve(query, max(5, num_neighbours), exclude)
             if variant == "ret":
                 self._send_retrieved(reply)
@@ -250,7 +279,12 @@ class PegsPipeline:
                         reply,
                         query,
                         output.sticker_prompt_embeds[:1],
-                        self.plan(condition, reply.retrieved, num_neighbours, num_candidates),
+                        self.plan(
+                            condition,
+                            reply.retrieved[: 1 if meant is not None else None],
+                            num_neighbours,
+                            num_candidates,
+                        ),
                         floor,
                         emotion,
                         strength=strength,

@@ -70,6 +70,9 @@ class PegsConfig(PreTrainedConfig):
         prompt_dim (`int`, *optional*, defaults to 768):
             Size D of a prompt embedding, the image decoder's `cross_attention_dim`.
 
+        timing_head (`bool`, *optional*, defaults to `False`):
+            Whether the log-odds of `[IMG1]` against the end of a reply have a linear head of their own, so that timing can be trained and no word changes.
+
     > Parameters that control training
 
     Args:
@@ -108,6 +111,7 @@ class PegsConfig(PreTrainedConfig):
         mapper_intermediate_size: int = 2048,
         prompt_length: int = 77,
         prompt_dim: int = 768,
+        timing_head: bool = False,
         lora: dict | None = None,
         lm_loss_weight: float = 1.0,
         generation_loss_weight: float = 1.0,
@@ -141,6 +145,7 @@ class PegsConfig(PreTrainedConfig):
         self.mapper_intermediate_size = mapper_intermediate_size
         self.prompt_length = prompt_length
         self.prompt_dim = prompt_dim
+        self.timing_head = timing_head
         self.lora = lora
         self.lm_loss_weight = lm_loss_weight
         self.generation_loss_weight = generation_loss_weight

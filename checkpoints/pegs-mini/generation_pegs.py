@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
@@ -237,10 +237,23 @@ def choose_drafts(log_probs: torch.Tensor, is_text: torch.Tensor, drafts: int) -
     return first + means.view(-1, drafts).argmax(dim=1)
 
 
+def list_stop_ids(eos_token_id: int | list[int]) -> list[int]:
+    """Ids that end a reply, from a generation config's one or several."""
+    return list(eos_token_id) if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+
+
 def sticker_odds(scores: torch.Tensor, img1_id: int, stop_ids: list[int]) -> torch.Tensor:
-    """Log-odds `(B,)` of `[IMG1]` against the end of the reply, from scores `(B, V + 3 + r)`."""
-    ends = torch.stack([scores[:, token] for token in stop_ids], dim=-1).float()
-    return scores[:, img1_id].float() - ends.logsumexp(dim=-1)
+    """Log-odds `(...)` of `[IMG1]` against the end of the reply, from scores `(..., V + 3 + r)`."""
+    return scores[..., img1_id].float() - scores[..., stop_ids].float().logsumexp(dim=-1)
+
+
+def add_sticker_odds(scores: torch.Tensor, gain: torch.Tensor, img1_id: int, stop_ids: list[int]) -> torch.Tensor:
+    """Scores `(..., V + 3 + r)` whose [`sticker_odds`] are higher by `gain` `(...)`; `[IMG1]` and the ends together are as likely as before, and so is each word."""
+    odds = sticker_odds(scores, img1_id, stop_ids)
+    of_sticker = logsigmoid(odds + gain) - logsigmoid(odds)
+    of_end = logsigmoid(-odds - gain) - logsigmoid(-odds)
+    changes = torch.stack([of_sticker, *[of_end] * len(stop_ids)], dim=-1)
+    return scores.index_add(-1, torch.tensor([img1_id, *stop_ids], device=scores.device), changes.to(scores.dtype))
 
 
 class PegsGenerationMixin:
@@ -305,8 +318,7 @@ class PegsGenerationMixin:
         sampled = settings.do_sample and not has_beams
         copies = settings.num_return_sequences
         prompt_length = input_ids.shape[1]
-        eos = settings.eos_token_id
-        stop_ids = list(eos) if isinstance(eos, list | tuple) else [eos]
+        stop_ids = list_stop_ids(settings.eos_token_id)
         pad_id = stop_ids[0] if settings.pad_token_id is None else settings.pad_token_id
         bias = self.get_sticker_bias(settings, sticker_rate, sticker_bias, sampled)
         thresholds = draw_thresholds(len(input_ids) * copies, bias, sampled).to(input_ids.device)

@@ -29,7 +29,7 @@ from transformers.utils.import_utils import torch_compilable_check
 from .backbones import find_language_model, find_vision_model, load_vision
 from .configuration_pegs import PegsConfig
 from .feature_mapper import FeatureMapper
-from .generation_pegs import PegsGenerationMixin
+from .generation_pegs import PegsGenerationMixin, add_sticker_odds, list_stop_ids
 from .retrieval_head import RetrievalHead, info_nce_loss
 
 
@@ -159,6 +159,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
                 config.prompt_length,
                 config.prompt_dim,
             )
+        self.timing_head = nn.Linear(hidden_size, 1) if config.timing_head else None
         self.language_model = None
         if config.language_model is None:
             self.attach_language_model(AutoModelForCausalLM.from_config(config.text_config))
@@ -270,6 +271,14 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
     def referenced_parts(self) -> list[str]:
         """Parts of perception that are no part of the checkpoint; see `config.vision_source`."""
         return (self.config.vision_source or {}).get("parts", [])
+
+    def add_timing_head(self) -> None:
+        """Give the model a timing head that changes nothing yet, if it has none."""
+        if self.timing_head is None:
+            self.config.timing_head = True
+            self.timing_head = nn.Linear(self.config.text_config.hidden_size, 1).to(self.query_tokens)
+            nn.init.zeros_(self.timing_head.weight)
+            nn.init.zeros_(self.timing_head.bias)
 
     def merge(self) -> "PegsModel":
         """
@@ -558,7 +567,13 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `(..., V + 3 + r)` of hidden states `(..., d)`."""
-        return self.added_vocabulary.extend(hidden_states, self.causal_lm.get_output_embeddings()(hidden_states))
+        logits = self.added_vocabulary.extend(hidden_states, self.causal_lm.get_output_embeddings()(hidden_states))
+        if self.timing_head is None:
+            return logits
+        gain = self.timing_head(hidden_states.to(self.timing_head.weight)).squeeze(-1).to(logits.device)
+        return add_sticker_odds(
+            logits, gain, self.config.img_token_ids[0], list_stop_ids(self.generation_config.eos_token_id)
+        )
 
     def get_img_hidden_states(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """

@@ -260,7 +260,7 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     def _each_alone(self, function: Callable[..., torch.Tensor], *batches: torch.Tensor) -> torch.Tensor:
         """`function` of whole batches; on a CPU of one row at a time, see the class."""
-        if self._execution_device.type != "cpu":
+        if batches[0].device.type != "cpu":  # the pipeline's own device is looked for among all modules
             return function(*batches)
         return torch.cat([function(*rows) for rows in zip(*(batch.split(1) for batch in batches), strict=True)])
 

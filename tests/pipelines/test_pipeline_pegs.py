@@ -73,6 +73,40 @@ def test_retrieval_equals_brute_force_and_skips_what_was_sent(pipeline):
     assert [item.id for item in pipeline.retrieve(query, top_k=3, exclude=[ids[0]])] == ids[1:]
 
 
+def test_a_sticker_that_is_clearly_asked_for_is_the_one_meant(processor, decoder, monkeypatch):
+    model = tiny.make_tiny_model(retrieval_dim=24, retrieval_text_encoder="of captions and prompts")
+    vectors = torch.nn.functional.normalize(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pipeline = PegsPipeline(model, processor, Pack(), vectors, decoder, encode_captions)
+    near = pipeline(tiny.dialogue(), variant="ret", clarity=2.0, **FAST).sticker_id
+    row = (pipeline.pack_ids.index(near) + 1) % 3
+    asked, generate = pipeline.pack_ids[row], model.generate
+
+    def ask_for(vector):
+        def generate_and_ask(**kwargs):
+            output = generate(**kwargs)
+            output.sticker_prompt_embeds = torch.zeros(1, 5, 24)
+            output.sticker_prompt_embeds[:, :2] = vector  # the rest is padding
+            return output
+
+        monkeypatch.setattr(model, "generate", generate_and_ask)
+
+    ask_for(vectors[row] * 3)
+    assert pipeline(tiny.dialogue(), variant="ret", **FAST).sticker_id == asked
+    assert pipeline(tiny.dialogue(), variant="ret", clarity=2.0, **FAST).sticker_id == near
+    plans = []
+    plan = pipeline.plan
+    monkeypatch.setattr(pipeline, "plan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    reply = pipeline(tiny.dialogue(), variant="gen", condition="mixed", num_candidates=4, **FAST)
+    assert reply.retrieved[0].id == asked and len(reply.retrieved) == 3
+    drawn = [(c.condition, [n.id for n in c.neighbours]) for c in plans[-1]]
+    assert drawn == [("generation", [asked]), ("caption", [asked])] * 2, "nothing but what was asked for"
+    ask_for(vectors.sum(dim=0))
+    assert pipeline(tiny.dialogue(), variant="ret", **FAST).sticker_id == near
+    model.config.retrieval_text_encoder = None
+    ask_for(vectors[row])
+    assert pipeline(tiny.dialogue(), variant="ret", **FAST).sticker_id == near, "other prompts, other space"
+
+
 def blocking(decoder, monkeypatch, verdicts):
     """The decoder with a safety check that gives `verdicts`."""
     from pipelines import pipeline_sticker
