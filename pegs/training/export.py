@@ -1,5 +1,5 @@
 """
-Put a trained model and its decoder into one folder in Hub layout, in half precision, calibrated on the validation sessions for any sticker rate.
+Put a trained model and its decoder into one folder in Hub layout, in half precision, calibrated for any sticker rate on a turn of each session.
 
     python -m pegs.training.export --language outputs/mini/joint --decoder outputs/mini/decoder_unet/pipeline --out checkpoints/pegs-mini
 """
@@ -7,6 +7,7 @@ Put a trained model and its decoder into one folder in Hub layout, in half preci
 import argparse
 import json
 import logging
+import random
 import shutil
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,8 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
         language (`str`): Trained PEGS checkpoint.
         decoder (`str`): Trained `StickerPipeline` folder.
         out (`str`): Folder to write; only the card of an earlier export is kept.
-        sessions (`list[Session]`): Held-out sessions; `sticker_rate` is calibrated on them, and the share of their System turns with a sticker is its default.
+        sessions (`list[Session]`): Training and validation sessions. `sticker_rate` is calibrated on one turn of each, since turns of a session are alike, and its default is the share of
+            their System turns with a sticker.
         pack ([`StickerPack`]): Where their stickers are.
 
     Raises:
@@ -64,7 +66,8 @@ def export(language: str, decoder: str, out: str, sessions: list[Session], pack:
     model.generation_config.max_length = None
     vars(model.generation_config).pop("sticker_bias", None)  # of an earlier stage; the rate says it now
     golds = [turn.system.sticker is not None for session in sessions for turn in session.turns]
-    contexts = [context for session in sessions for context in turn_contexts(session, pack)]
+    rng = random.Random(0)
+    contexts = [rng.choice(turn_contexts(session, pack)) for session in sessions]
     quantiles = logit_quantiles(sticker_logits(model, processor, contexts))
     rate = round(sum(golds) / len(golds), 3)
     logger.info("sticker_rate %.3f, bias %.3f", rate, find_sticker_bias(rate, torch.tensor(quantiles), sampled=True))
@@ -90,6 +93,7 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", required=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        export(**vars(parser.parse_args()), sessions=load_mini("validation"), pack=cached_pack())
+        sessions = [*load_mini("train"), *load_mini("validation")]
+        export(**vars(parser.parse_args()), sessions=sessions, pack=cached_pack())
     except (OSError, ValueError) as error:
         parser.exit(2, f"{error}\n")
