@@ -88,7 +88,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
             reply = pipeline(
                 messages,
                 variant=kind,
-                seed=int(seed or 0) + len(messages),
+                seed=int(seed or 0) + len(messages) - 1,
                 exclude=sent,
                 sticker_rate=rate if has_slider else sticker_rate,
             )

@@ -48,7 +48,7 @@ def run_terminal(pipeline: PegsPipeline, variant: str, sticker_rate: float | Non
             pending = []
             try:
                 reply = pipeline(
-                    messages, variant=variant, seed=len(messages), exclude=sent, sticker_rate=sticker_rate
+                    messages, variant=variant, seed=len(messages) - 1, exclude=sent, sticker_rate=sticker_rate
                 )
             except TooLongError as error:
                 console.print(str(error), style="red", markup=False)
