@@ -19,15 +19,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from dataset_builders.schema import EMOTIONS
-from dataset_builders.stickerconv.sessions import load_openers
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from pegs.assemble import embed_pack, load_pack
 from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.data_collator import DataCollatorForPegs
-from pegs.training.dialogues import opener_messages, sent_stickers
+from pegs.training.dialogues import sent_stickers
 from pegs.training.generation import below_the_heads
-from pegs.training.language import sendable, training_dialogues
+from pegs.training.language import opener_dialogues, sendable, training_dialogues
 from pegs.training.loop import LoopArguments, train_loop
 from pegs.training.stages import ConfigError
 from pegs.training.targets import VisionFeatures
@@ -240,7 +239,7 @@ def train_align(args: AlignArguments) -> None:
 
     states = states_of("sessions", training_dialogues(args.sessions, False, pack))
     if args.openers:
-        of_openers = states_of("openers", [opener_messages(opener, pack) for opener in load_openers()])
+        of_openers = states_of("openers", opener_dialogues(pack))
         states |= {name: torch.cat([states[name], of_openers[name]]) for name in ("spans", "gold")}
     model.add_timing_head()
     logger.info("%d decisions, %d stickers sent", len(states["ends"]), len(states["spans"]))

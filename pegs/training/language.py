@@ -346,7 +346,12 @@ def load_sessions(file: str, split: Split) -> list[Session]:
 def training_dialogues(sessions: str, openers: bool, pack: StickerPack | None) -> list[list[dict]]:
     """The training sessions of a file, of StickerConv-mini if it is empty, and maybe the openers; without a pack, without their stickers."""
     dialogues = [session_messages(session, pack) for session in load_sessions(sessions, "train")]
-    return dialogues + [opener_messages(opener, pack) for opener in (load_openers() if openers else ())]
+    return dialogues + (opener_dialogues(pack) if openers else [])
+
+
+def opener_dialogues(pack: StickerPack | None) -> list[list[dict]]:
+    """The openers; without a pack, without their stickers."""
+    return [opener_messages(opener, pack) for opener in load_openers()]
 
 
 def sendable(pack: StickerPack) -> list[Sticker]:
