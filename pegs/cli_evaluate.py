@@ -130,7 +130,7 @@ def evaluate_predict(
         made_by["model"] = digest_weights(resolve_checkpoint(model or DEFAULT_MODEL, revision))
     elif variant == "tool":
         folder = resolve_checkpoint(model or DEFAULT_MODEL, revision)
-        made_by["decoder"] = " ".join(digest_weights(folder / part) for part in ("unet", "vae"))
+        made_by["decoder"] = " ".join(digest_weights(folder / part) for part in ("unet", "vae", "scheduler"))
     predictor: Predictor
     if repeated is not None and variant in ("minilm", "random"):
         from dataset_builders.stickers.encoder import TextEncoder
