@@ -5,33 +5,134 @@ Requested beside realised sticker rates on the test split, and what they do to t
 
 Text and log-odds of a reply do not depend on the rate (with a seed they are the same to the last bit), so each context is answered once, and for each rate the stickers are
 drawn as `generate` draws them. A few replies are then generated with each rate and compared (`generate_agrees`). All variants share this path: they differ in what
-is made of a sticker, not in whether there is one. `--turns` adds that many replies to train and validation contexts, several a context if there are fewer.
+is made of a sticker, not in whether there is one. `--turns` adds that many replies to train and validation contexts, several a context if there are fewer. The turns of a
+few sessions are a batch, and each dialogue is read once.
 """
 
 import argparse
-import itertools
 import json
 import random
+from dataclasses import dataclass
 
 import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import BatchFeature
 
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
-from modeling_pegs.generation_pegs import draw_thresholds, find_sticker_bias
+from modeling_pegs.generation_pegs import PegsCache, draw_thresholds, find_sticker_bias, identify_tokens
 from pegs.assemble import DEFAULT_MODEL, load_pack
 from pegs.quiet import quiet_libraries
-from pegs.training.calibrate import CUT, batches_of_like_length, logit_quantiles, sticker_logits
+from pegs.training.calibrate import CUT, logit_quantiles
 from pegs.training.dialogues import turn_contexts
 
 
-def system_turns(split: str, pack: StickerPack) -> tuple[list[list[dict]], list[bool]]:
-    """The contexts of a split's System turns, and whether each has a sticker."""
-    contexts, golds = [], []
-    for session in load_mini(split):
-        contexts += turn_contexts(session, pack)
-        golds += [turn.system.sticker is not None for turn in session.turns]
-    return contexts, golds
+@dataclass
+class Turns:
+    """
+    System turns of one session.
+
+    Args:
+        contexts (`list[list[dict]]`): The messages before each, the longest last.
+        golds (`list[bool]`): Whether each has a sticker.
+
+    """
+
+    contexts: list[list[dict]]
+    golds: list[bool]
+
+    def repeat(self, copies: int) -> "Turns":
+        """Each turn `copies` times."""
+        return Turns(
+            [context for context in self.contexts for _ in range(copies)],
+            [gold for gold in self.golds for _ in range(copies)],
+        )
+
+
+def system_turns(split: str, pack: StickerPack) -> list[Turns]:
+    """A split's System turns, session by session."""
+    return [
+        Turns(turn_contexts(session, pack), [turn.system.sticker is not None for turn in session.turns])
+        for session in load_mini(split)
+    ]
+
+
+def take_turns(sessions: list[Turns], count: int, seed: int) -> list[Turns]:
+    """`count` turns: those of all sessions as often as that gives whole times, and of sessions in random order the rest."""
+    times, rest = divmod(count, sum(len(session.golds) for session in sessions))
+    taken = [session.repeat(times) for session in sessions if times]
+    for session in random.Random(seed).sample(sessions, len(sessions)):
+        if not rest:
+            break
+        part = Turns(session.contexts[:rest], session.golds[:rest])
+        taken.append(part)
+        rest -= len(part.golds)
+    return taken
+
+
+@torch.no_grad()
+def read_once(model: PegsModel, inputs: BatchFeature, sizes: list[int]) -> PegsCache:
+    """
+    The cache of a batch of sessions' prompts, of which only each session's last one, whose beginnings the others are, is read.
+
+    Args:
+        model ([`PegsModel`]): On one device.
+        inputs (`BatchFeature`): Prompts `(B, T)`, padded on the left, with their pictures.
+        sizes (`list[int]`): How many of them each session has; they sum to B.
+
+    Returns:
+        [`PegsCache`]: Of all prompts but their last tokens.
+
+    """
+    ids, mask, pictures = inputs["input_ids"], inputs["attention_mask"], inputs.get("pixel_values")
+    tokens = identify_tokens(ids, mask, pictures, model.config.image_token_id)
+    lengths, pictured = mask.sum(dim=1).tolist(), (ids == model.config.image_token_id).sum(dim=1)
+    ends = (pictured.cumsum(dim=0) // model.config.num_query_tokens).tolist()  # of each row's pictures
+    states, row = [], -1
+    for size in sizes:
+        row += size
+        longest, length = PegsCache(model.config.text_config), lengths[row]
+        first = ends[row - 1] if row else 0
+        model(
+            input_ids=ids[row : row + 1, -length:],
+            pixel_values=pictures[first : ends[row]] if ends[row] > first else None,
+            past_key_values=longest,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for other in range(row - size + 1, row + 1):
+            known = lengths[other] - 1
+            if not torch.equal(tokens[other, -known - 1 : -1], tokens[row, -length:][:known]):
+                raise ValueError(f"Prompt {other} is no beginning of prompt {row}.")
+            room = (0, 0, ids.shape[1] - 1 - known, 0)
+            states.append([[nn.functional.pad(part[0, :, :known], room) for part in layer[:2]] for layer in longest])
+    cache = PegsCache(model.config.text_config)
+    for number, layers in enumerate(zip(*states, strict=True)):
+        cache.update(*(torch.stack(parts) for parts in zip(*layers, strict=True)), number)
+    cache.token_ids = tokens[:, :-1]
+    return cache
+
+
+def answer(
+    model: PegsModel, processor: PegsProcessor, sessions: list[Turns], together: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-odds of a sticker at the end of own replies to all turns, NaN where one was cut, and whether the turns have one."""
+    torch.manual_seed(seed)
+    logits = []
+    for start in tqdm(range(0, len(sessions), together), mininterval=30):
+        batch = sessions[start : start + together]
+        inputs = processor.apply_chat_template(
+            [context for session in batch for context in session.contexts],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_tensors="pt",
+        ).to(model.device)
+        cache = read_once(model, inputs, [len(session.golds) for session in batch])
+        output = model.generate(**inputs, past_key_values=cache, sticker_rate="model")
+        logits.append(output.sticker_logit.float().cpu())
+    return torch.cat(logits), torch.tensor([gold for session in sessions for gold in session.golds])
 
 
 def average_precision(scores: torch.Tensor, golds: torch.Tensor) -> float:
@@ -81,55 +182,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--rates", type=float, nargs="*", default=[0.1, 0.3, 0.6, 0.9])
-    parser.add_argument("--limit", type=int, default=0, help="only so many contexts a split")
+    parser.add_argument("--limit", type=int, default=0, help="only so many sessions a split")
     parser.add_argument("--turns", type=int, default=0, help="replies to train and validation contexts")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16, help="replies that share the strata of a draw")
+    parser.add_argument("--sessions", type=int, default=3, help="whose turns are answered together")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quiet_libraries()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = PegsModel.from_pretrained(args.model).merge().to(device)
     processor, pack = PegsProcessor.from_pretrained(args.model), load_pack("openmoji")
-    splits = {split: system_turns(split, pack) for split in ("train", "validation", "test")}
-
-    def answer(contexts: list[list[dict]], seed: int) -> tuple[torch.Tensor, list[int]]:
-        """Log-odds of replies in the order in which they were generated, and the contexts' places in that order."""
-        order = list(itertools.chain(*batches_of_like_length(processor, contexts, args.batch_size)))
-        return sticker_logits(model, processor, contexts, args.batch_size, seed)[order], order
+    splits = {split: system_turns(split, pack)[: args.limit or None] for split in ("train", "validation", "test")}
 
     figures: dict = {"device": str(device), "seed": args.seed}
     quantiles = model.generation_config.to_dict().get("sticker_logit_quantiles")
     figures["calibrated"] = "checkpoint" if quantiles else "here, on validation"
     if quantiles is None:
-        contexts = splits["validation"][0][: args.limit or None]
-        quantiles = logit_quantiles(answer(contexts, args.seed)[0])
+        quantiles = logit_quantiles(answer(model, processor, splits["validation"], args.sessions, args.seed)[0])
         model.generation_config.update(allow_custom_entries=True, sticker_logit_quantiles=quantiles)
     biases = {rate: find_sticker_bias(rate, torch.tensor(quantiles), sampled=True) for rate in args.rates}
 
-    contexts, golds = (column[: args.limit or None] for column in splits["test"])
-    logits, order = answer(contexts, args.seed + 1)
-    gold = torch.tensor(golds)[order]
-    learned = describe_rate("model", 0.0, logits, gold, args)
+    logits, gold = answer(model, processor, splits["test"], args.sessions, args.seed + 1)
+    contexts = splits["test"][0].contexts[:4]
     figures["test"] = {
-        "turns": len(contexts),
+        "turns": len(gold),
         "gold_rate": round(gold.float().mean().item(), 4),
         "cut_replies": int(logits.isnan().sum()),
-        "learned": learned,
+        "learned": describe_rate("model", 0.0, logits, gold, args),
         "rates": [describe_rate(rate, bias, logits, gold, args) for rate, bias in biases.items()],
         "generate_agrees": all(
-            generate_agrees(model, processor, contexts[:4], rate, bias) for rate, bias in biases.items()
+            generate_agrees(model, processor, contexts, rate, bias) for rate, bias in biases.items()
         ),
     }
     if args.turns:
-        rows = [
-            (context, gold) for split in ("train", "validation") for context, gold in zip(*splits[split], strict=True)
-        ]
-        random.Random(args.seed).shuffle(rows)
-        rows = list(itertools.islice(itertools.cycle(rows), args.turns))
-        logits, order = answer([context for context, _ in rows], args.seed + 2)
-        gold = torch.tensor([gold for _, gold in rows])[order]
+        turns = take_turns(splits["train"] + splits["validation"], args.turns, args.seed)
+        logits, gold = answer(model, processor, turns, args.sessions, args.seed + 2)
         figures["train_and_validation"] = {
-            "turns": len(rows),
+            "turns": len(gold),
             "rates": [describe_rate(rate, bias, logits, gold, args) for rate, bias in biases.items()],
         }
     print(json.dumps(figures))
