@@ -1,5 +1,6 @@
 """
-What PEGS' `generate` costs beside the bare language model's, and an [IMG] span in one pass beside token by token: one JSON line of ratios.
+What PEGS' `generate` costs beside the bare language model's, an [IMG] span in one pass beside token by token, and a conversation's next turn with its cache
+beside one that reads the dialogue again: one JSON line of ratios.
 
     python benchmarks/generate_overhead.py [--model checkpoints/pegs-mini] [--new-tokens 48] [--span 32] [--repeats 3]
 
@@ -17,9 +18,11 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dataset_builders.stickerconv.sessions import load_mini
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
-from pegs.assemble import DEFAULT_MODEL
+from pegs.assemble import DEFAULT_MODEL, load_pack
 from pegs.quiet import quiet_libraries
+from pegs.training.dialogues import turn_contexts
 
 
 MESSAGES = ["my dog died yesterday", "I got the job!", "I can't sleep, exams tomorrow", "guess who moved in next door"]
@@ -109,6 +112,31 @@ def compare_span(model: PegsModel, tokenizer: PreTrainedTokenizerBase, args: arg
     }
 
 
+def compare_next_turn(model: PegsModel, processor: PegsProcessor, args: argparse.Namespace) -> dict:
+    """The last turn of a test session, read whole and with the cache of the turn before."""
+    session = max(load_mini("test"), key=lambda session: len(session.turns))
+    before, now = (
+        processor.apply_chat_template(context, add_generation_prompt=True, tokenize=True, return_tensors="pt").to(
+            model.device
+        )
+        for context in turn_contexts(session, load_pack("openmoji"))[-2:]
+    )
+    cache = model.generate(**before, do_sample=False).past_key_values
+    caches = [copy.deepcopy(cache) for _ in range(args.repeats + 1)]
+    whole, kept = in_turns(
+        lambda: model.generate(**now, do_sample=False),
+        lambda: model.generate(**now, do_sample=False, past_key_values=caches.pop()),
+        args.repeats,
+        model.device,
+    )
+    return {
+        "prompt_tokens": now["input_ids"].shape[1],
+        "whole_seconds": round(whole, 2),
+        "kept_seconds": round(kept, 2),
+        "ratio": round(whole / kept, 2),
+    }
+
+
 def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -127,6 +155,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype),
         "span": compare_span(model, processor.tokenizer, args),
+        "next_turn": compare_next_turn(model, processor, args),
         "text_tokens_per_second": {str(n): compare_text(model, processor, n, args) for n in args.batch_sizes},
     }
     print(json.dumps(figures))

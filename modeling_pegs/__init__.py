@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_pegs import PegsConfig
-from .generation_pegs import PegsGenerateOutput, StickerStreamer
+from .generation_pegs import PegsCache, PegsGenerateOutput, StickerStreamer
 from .modeling_pegs import PegsModel, PegsOutput
 from .processing_pegs import PegsProcessor
 
@@ -13,4 +13,12 @@ AutoModel.register(PegsConfig, PegsModel, exist_ok=True)
 AutoModelForImageTextToText.register(PegsConfig, PegsModel, exist_ok=True)
 AutoProcessor.register(PegsConfig, PegsProcessor, exist_ok=True)
 
-__all__ = ["PegsConfig", "PegsGenerateOutput", "PegsModel", "PegsOutput", "PegsProcessor", "StickerStreamer"]
+__all__ = [
+    "PegsCache",
+    "PegsConfig",
+    "PegsGenerateOutput",
+    "PegsModel",
+    "PegsOutput",
+    "PegsProcessor",
+    "StickerStreamer",
+]

@@ -206,7 +206,8 @@ class PegsPipeline:
             seed (`int`, *optional*, defaults to 0): Same seed, same reply and picture.
             exclude (`Sequence[str]`, *optional*): Sticker ids not to send again.
             max_new_tokens (`int`, *optional*, defaults to 64): Longest text.
-            **generate_kwargs: More arguments of `PegsModel.generate`.
+            **generate_kwargs: More arguments of `PegsModel.generate`; `past_key_values=model.new_cache()`, the same at each turn of a conversation, saves reading
+                it again.
 
         > Parameters that control which sticker is meant
 

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch.nn.functional import logsigmoid, softplus
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
@@ -64,6 +64,49 @@ class StickerStreamer(Protocol):
         """Take the finished output, whose `sticker_queries` and `sticker_prompt_embeds` belong to the sticker."""
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values `(B, H, T, D)` with room behind them: a step writes its own and copies no others."""
+
+    room = 64  # tokens
+    buffers: tuple[torch.Tensor, ...] = ()  # whose beginnings are the keys and values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put those of new tokens behind the others, and give all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if not self._has_room(end):
+            self._move(end)
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.get_seq_length():
+            self._move(self.get_seq_length(), repeats)
+
+    def _has_room(self, end: int) -> bool:
+        """Whether there are buffers for `end` tokens that are still those of the keys and may be written."""
+        if not self.buffers or self.buffers[0].shape[2] < end or self.buffers[0].data_ptr() != self.keys.data_ptr():
+            return False
+        return torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
+
+    def _move(self, end: int, repeats: int = 1) -> None:
+        """Into buffers with room behind `end` tokens, each row `repeats` times."""
+        states = (self.keys, self.values)
+        rows, heads, length, _ = self.keys.shape
+        self.buffers = tuple(old.new_empty(rows * repeats, heads, end + self.room, old.shape[3]) for old in states)
+        for buffer, old in zip(self.buffers, states, strict=True):
+            buffer[:, :, :length].unflatten(0, (rows, repeats)).copy_(old.unsqueeze(1))
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+
 class PegsCache(DynamicCache):
     """
     The language model's cache, with what it holds, so that a conversation's next turn reuses exactly what still applies.
@@ -75,6 +118,7 @@ class PegsCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
+        self.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.token_ids: torch.Tensor | None = None  # (B, T), as `identify_tokens` gives them
 
     def keep_prefix(self, token_ids: torch.Tensor) -> None:
@@ -400,6 +444,13 @@ class PegsGenerationMixin:
         if isinstance(streamer, StickerStreamer) and bool(sticker_mask.any()):
             streamer.on_sticker(result)
         return result if return_dict_in_generate else result.sequences
+
+    def new_cache(self) -> PegsCache | None:
+        """An empty cache to pass at each turn of a conversation; `None` where the generation config asks for beams or a static cache, which keep none."""
+        settings = self.generation_config
+        if (settings.num_beams or 1) > 1 or settings.cache_implementation is not None:
+            return None
+        return PegsCache(self.config.text_config)
 
     def _read(
         self,

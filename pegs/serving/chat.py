@@ -1,8 +1,11 @@
 """Chat in the browser."""
 
+from collections import OrderedDict
+
 import gradio as gr
 from PIL import Image, ImageOps
 
+from modeling_pegs import PegsCache
 from modeling_pegs.processing_pegs import StickerImageError, load_sticker
 from pegs.errors import InputError
 from pegs.messages import MAX_CHARACTERS
@@ -19,6 +22,7 @@ CSS = """
 #attribution p { font-size: .8rem; }
 """
 SHOWN = 200  # of a shelf of the pack
+MOST_CACHES = 8  # conversations whose next turn reads only what is new, about 25 MB each
 EXAMPLES = [
     "my dog died yesterday",
     "i got the job!!",
@@ -31,7 +35,8 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
     """
     The chat page: text, an uploaded picture or a sticker picked from the pack, variant switch, how often a sticker comes, seed, undo, clear.
 
-    A conversation lives in its browser session alone; the pipeline keeps nothing of it.
+    A conversation lives in its browser session alone; the pipeline keeps nothing of it. What the model has read of the last few stays in memory, so that it
+    is not read again at each turn.
 
     Args:
         pipeline ([`PegsPipeline`]): Answers.
@@ -51,6 +56,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
     usual = getattr(settings, "sticker_rate", None) if sticker_rate is None else sticker_rate
     has_slider = getattr(settings, "sticker_logit_quantiles", None) is not None and isinstance(usual, int | float)
     choices = [(label, name) for label, name in VARIANTS if pipeline.serves(name)]
+    caches: OrderedDict[str | None, PegsCache | None] = OrderedDict()
 
     def send(
         text: str,
@@ -61,6 +67,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         rate: float,
         seed: float,
         shown: list[dict],
+        request: gr.Request,
     ):
         """Show the user's message at once, then the reply; an error leaves the conversation, and what was to be sent, as it was."""
         before = [shown, history, text, upload, picked]
@@ -84,6 +91,8 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         sent = [entry["sticker_id"] for entry in history if entry["sticker_id"]]
         shown = [*shown, *show_user(text, picture)]
         yield shown, history, "", None, None
+        session = request.session_hash
+        cache = caches.pop(session) if session in caches else pipeline.model.new_cache()
         try:
             reply = pipeline(
                 messages,
@@ -91,10 +100,14 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
                 seed=int(seed or 0) + len(messages) - 1,
                 exclude=sent,
                 sticker_rate=rate if has_slider else sticker_rate,
+                past_key_values=cache,
             )
         except Exception as error:  # whatever it was, the conversation goes on
             yield before
             raise gr.Error(str(error)) from error
+        caches[session] = cache
+        while len(caches) > MOST_CACHES:
+            caches.popitem(last=False)
         answer = [{"type": "text", "text": reply.text}]
         if reply.sticker is not None:
             answer.append({"type": "image", "image": reply.sticker})

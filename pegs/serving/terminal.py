@@ -26,6 +26,7 @@ def run_terminal(pipeline: PegsPipeline, variant: str, sticker_rate: float | Non
     console = Console(highlight=False)
     folder = Path(tempfile.mkdtemp(prefix="pegs-stickers-"))
     console.print(f"{HELP}\n{pipeline.pack.info.attribution}", style="dim")
+    cache = pipeline.model.new_cache()
     messages: list[dict] = []
     sent: list[str] = []
     pending: list[dict] = []
@@ -48,7 +49,12 @@ def run_terminal(pipeline: PegsPipeline, variant: str, sticker_rate: float | Non
             pending = []
             try:
                 reply = pipeline(
-                    messages, variant=variant, seed=len(messages) - 1, exclude=sent, sticker_rate=sticker_rate
+                    messages,
+                    variant=variant,
+                    seed=len(messages) - 1,
+                    exclude=sent,
+                    sticker_rate=sticker_rate,
+                    past_key_values=cache,
                 )
             except TooLongError as error:
                 console.print(str(error), style="red", markup=False)

@@ -6,6 +6,7 @@ from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from modeling_pegs import PegsModel, generation_pegs
 from modeling_pegs.generation_pegs import (
+    PegsCache,
     StickerLogitsProcessor,
     add_sticker_odds,
     draw_thresholds,
@@ -308,6 +309,70 @@ def conversation(processor, model, output, inputs, reply_image="green"):
         answer.append({"type": "image", "image": tiny.picture(reply_image)})
     question = [{"type": "text", "text": "Oh?"}, {"type": "image", "image": tiny.picture("black")}]
     return [*tiny.dialogue(), {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+
+
+def test_a_cache_with_room_holds_what_a_growing_one_holds(model):
+    config, generator = model.config.text_config, torch.Generator().manual_seed(0)
+    size = (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+    roomy, growing = PegsCache(config), DynamicCache(config=config)
+    rows = 2
+    for change in (40, 1, "repeat", 1, 1, -7, 3, 100, "select", 1, -20, "repeat", 5, "reset", 2, 1):
+        if change == "reset":
+            roomy.reset()
+            growing.reset()
+            rows = 3
+        elif change == "repeat":
+            rows *= 3
+            roomy.batch_repeat_interleave(3)
+            growing.batch_repeat_interleave(3)
+        elif change == "select":
+            rows = 2
+            for cache in (roomy, growing):
+                cache.batch_select_indices(torch.tensor([4, 1]))
+        elif change < 0:
+            roomy.crop(change)
+            growing.crop(change)
+        else:
+            states = torch.randn(2, rows, size[0], change, size[1], generator=generator)
+            for layer in range(config.num_hidden_layers):
+                given = roomy.update(*(states + layer), layer), growing.update(*(states + layer), layer)
+                assert all(torch.equal(got, wanted) for got, wanted in zip(*given, strict=True))
+    for held, wanted in zip(roomy, growing, strict=True):
+        assert torch.equal(held[0], wanted[0]) and torch.equal(held[1], wanted[1])
+
+
+def test_a_step_copies_nothing_that_was_read(model):
+    cache, states = PegsCache(model.config.text_config), torch.randn(2, 1, 2, 30, 8)
+    keys, values = cache.update(*states, 0)
+    for _ in range(60):
+        longer = cache.update(*states[..., :1, :], 0)
+    assert (longer[0].data_ptr(), longer[1].data_ptr()) == (keys.data_ptr(), values.data_ptr())
+    cache.batch_repeat_interleave(4)
+    repeated = cache.layers[0].keys
+    assert cache.update(*states.repeat_interleave(4, dim=1)[..., :1, :], 0)[0].data_ptr() == repeated.data_ptr()
+
+
+def test_one_cache_serves_a_whole_conversation(model, processor, monkeypatch):
+    inputs, cache = prompts(processor, tiny.dialogue()), model.new_cache()
+    first = model.generate(**inputs, **ALWAYS, past_key_values=cache)
+    assert first.past_key_values is cache and torch.equal(
+        first.sequences, model.generate(**inputs, **ALWAYS).sequences
+    )
+    again = prompts(processor, conversation(processor, model, first, inputs))
+    kept = model.generate(**again, **ALWAYS, past_key_values=cache)
+    assert torch.equal(kept.sequences, model.generate(**again, **ALWAYS).sequences)
+    for name, value in (("num_beams", 2), ("cache_implementation", "static")):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.generation_config, name, value)
+            assert model.new_cache() is None
+
+
+def test_a_cache_of_inference_mode_goes_on_outside(model, processor):
+    inputs = prompts(processor, tiny.dialogue())
+    with torch.inference_mode():
+        cache = model.generate(**inputs, **ALWAYS).past_key_values
+    cached = model.generate(**inputs, **ALWAYS, past_key_values=cache)
+    assert torch.equal(cached.sequences, model.generate(**inputs, **ALWAYS).sequences)
 
 
 @pytest.mark.parametrize("bias", [torch.inf, -torch.inf])
