@@ -149,7 +149,7 @@ def load_pipeline(
             pegs.config.check_variant(variant)
         decoder = None
         if variant != "ret" and (folder / "model_index.json").is_file():
-            decoder = StickerPipeline.from_pretrained(folder, dtype=torch.float32)
+            decoder = StickerPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             decoder.set_progress_bar_config(disable=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"--model {model}: {' '.join(str(error).split())}") from error

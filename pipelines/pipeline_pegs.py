@@ -133,7 +133,9 @@ class PegsPipeline:
                     "trained for each other."
                 )
 
-    def read_prompt_embeds(self, prompt_embeds: torch.Tensor | None, clarity: float = 0.93) -> torch.Tensor | None:
+    def read_prompt_embeds(
+        self, prompt_embeds: torch.Tensor | None, clarity: float = 0.93, exclude: Sequence[str] = ()
+    ) -> torch.Tensor | None:
         """
         The caption that a reply's generation tokens ask for, where they clearly ask for one.
 
@@ -143,6 +145,7 @@ class PegsPipeline:
         Args:
             prompt_embeds (`torch.Tensor` of shape `(1, L, D)`, *optional*): `sticker_prompt_embeds` of a reply.
             clarity (`float`, *optional*, defaults to 0.93): Least cosine between their mean and a vector of the pack.
+            exclude (`Sequence[str]`, *optional*): Ids that do not count.
 
         Returns:
             `torch.Tensor` of shape `(e,)`: Unit vector, to be used as a query; `None` where they are not clear, or not of that encoder.
@@ -152,7 +155,8 @@ class PegsPipeline:
         if prompt_embeds is None or config.retrieval_text_encoder is None or config.prompt_dim != config.retrieval_dim:
             return None
         meant = F.normalize(prompt_embeds[0].float().sum(dim=0), dim=-1)
-        return meant if (self.pack_embeds @ meant.to(self.pack_embeds)).max() >= clarity else None
+        nearest = self.retrieve(meant, 1, exclude) if self.selector is not None else []
+        return meant if nearest and nearest[0].score >= clarity else None
 
     def retrieve(self, query: torch.Tensor, top_k: int = 5, exclude: Sequence[str] = ()) -> list[Retrieved]:
         """
@@ -179,13 +183,13 @@ class PegsPipeline:
         variant: str | None = None,
         seed: int = 0,
         exclude: Sequence[str] = (),
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         clarity: float = 0.93,
         condition: str | None = None,
         emotion: str | None = None,
         emotion_scale: float = 1.0,
         strength: float = 0.6,
-        num_neighbours: int = 1,
+        num_neighbours: int | None = None,
         num_candidates: int | None = None,
         floor: float = 0.1,
         num_inference_steps: int | None = None,
@@ -205,14 +209,15 @@ class PegsPipeline:
             variant (`str`, *optional*): `"ret"`, `"gen"` or `"rag"`, defaults to the model's.
             seed (`int`, *optional*, defaults to 0): Same seed, same reply and picture.
             exclude (`Sequence[str]`, *optional*): Sticker ids not to send again.
-            max_new_tokens (`int`, *optional*, defaults to 64): Longest text.
+            max_new_tokens (`int`, *optional*): Longest text, defaults to that of the given or the model's `generation_config`, else 64.
             **generate_kwargs: More arguments of `PegsModel.generate`; `past_key_values=model.new_cache()`, the same at each turn of a conversation, saves reading
                 it again.
 
         > Parameters that control which sticker is meant
 
         Args:
-            clarity (`float`, *optional*, defaults to 0.93): See [`read_prompt_embeds`]; above 1, only the retrieval tokens count, as in the paper.
+            clarity (`float`, *optional*, defaults to 0.93): See [`read_prompt_embeds`]. What is clear is drawn from this sticker alone, unless `num_neighbours` is given.
+                Above 1, only the retrieval tokens count, as in the paper.
 
         > Parameters that control what is drawn
 
@@ -223,7 +228,7 @@ class PegsPipeline:
             emotion (`str`, *optional*): Emotion to draw instead of the reply's own.
             emotion_scale (`float`, *optional*, defaults to 1.0): 0 for neutral, more than 1 to exaggerate.
             strength (`float`, *optional*, defaults to 0.6): How far `"rag"` goes from the retrieved sticker, in (0, 1].
-            num_neighbours (`int`, *optional*, defaults to 1): How many stickers `"rag"` draws over, mixed by a softmax of their similarities: the nearest ones, or from
+            num_neighbours (`int`, *optional*): How many stickers, one unless given, `"rag"` draws over, mixed by a softmax of their similarities: the nearest ones, or from
                 the one on whose caption is drawn.
             num_candidates (`int`, *optional*): Drawings to choose from, defaults to the decoder's `default_num_candidates`.
             floor (`float`, *optional*, defaults to 0.1): Share of the pack that a drawing must resemble less than it resembles the reply; below it the retrieved
@@ -242,17 +247,20 @@ class PegsPipeline:
             [`PegsReply`].
 
         Raises:
-            ValueError: If the variant or the condition is unknown, or cannot be served by this model or without a decoder.
+            ValueError: If the variant, the condition or the emotion is unknown, or cannot be served by this model or without a decoder, or a number is out of range.
             TooLongError: If the last message alone is longer than the model can read.
 
         """
         variant = variant or self.model.config.variant
-        condition = self.check_inputs(variant, condition, num_neighbours)
+        condition = self.check_inputs(variant, condition, num_neighbours, num_candidates, strength, emotion)
         started = time.perf_counter()
-        inputs = self.encode(messages, max_new_tokens)
+        settings = generate_kwargs.get("generation_config", self.model.generation_config)
+        if max_new_tokens is not None or settings.max_new_tokens is None:
+            max_new_tokens = generate_kwargs["max_new_tokens"] = max_new_tokens or 64
+        inputs = self.encode(messages, max_new_tokens or settings.max_new_tokens)
         with self._lock, torch.random.fork_rng():
             torch.manual_seed(seed)  # transformers samples from the global generator only
-            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)
+            output = self.model.generate(**inputs, **generate_kwargs)
         new_ids = output.sequences[0, inputs["input_ids"].shape[1] :]
         reply = PegsReply(
             text=self.processor.decode(new_ids, skip_special_tokens=True).strip(),
@@ -268,10 +276,10 @@ class PegsPipeline:
         started = time.perf_counter()
         if output.sticker_mask[0]:
             query = None
-            meant = self.read_prompt_embeds(output.sticker_prompt_embeds, clarity)
+            meant = self.read_prompt_embeds(output.sticker_prompt_embeds, clarity, exclude)
             if output.sticker_queries is not None:
                 query = output.sticker_queries[0] if meant is None else meant
-                reply.retrieved = self.retrieve(query, max(5, num_neighbours), exclude)
+                reply.retrieved = self.retrieve(query, max(5, num_neighbours or 1), exclude)
             if variant == "ret":
                 self._send_retrieved(reply)
             else:
@@ -282,8 +290,8 @@ class PegsPipeline:
                         output.sticker_prompt_embeds[:1],
                         self.plan(
                             condition,
-                            reply.retrieved[: 1 if meant is not None else None],
-                            num_neighbours,
+                            reply.retrieved[: 1 if meant is not None and num_neighbours is None else None],
+                            num_neighbours or 1,
                             num_candidates,
                         ),
                         floor,
@@ -326,12 +334,20 @@ class PegsPipeline:
     def serves(self, variant: str) -> bool:
         """Whether this model, with or without a decoder, can act as `variant`."""
         try:
-            self.check_inputs(variant, None, 1)
+            self.check_inputs(variant)
         except ValueError:
             return False
         return True
 
-    def check_inputs(self, variant: str, condition: str | None, num_neighbours: int) -> str:
+    def check_inputs(
+        self,
+        variant: str,
+        condition: str | None = None,
+        num_neighbours: int | None = None,
+        num_candidates: int | None = None,
+        strength: float = 0.6,
+        emotion: str | None = None,
+    ) -> str:
         """
         Check the arguments of a call before anything is computed, and tell what is drawn from.
 
@@ -344,8 +360,13 @@ class PegsPipeline:
             raise ValueError(f"`variant` {variant!r} draws stickers, but no sticker decoder was loaded.")
         if condition is not None and condition not in CONDITIONS:
             raise ValueError(f"`condition` must be one of {', '.join(CONDITIONS)}, got {condition!r}.")
-        if num_neighbours < 1:
-            raise ValueError(f"`num_neighbours` must be at least 1, got {num_neighbours}.")
+        for name, number in (("num_neighbours", num_neighbours), ("num_candidates", num_candidates)):
+            if number is not None and number < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {number}.")
+        if not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be in (0, 1], got {strength}.")
+        if variant != "ret" and emotion is not None:
+            self.decoder.emotion_states.index(emotion)
         if variant == "ret" or condition == "generation":
             return "generation"
         lacking = None
@@ -426,6 +447,7 @@ class PegsPipeline:
         drawn = self.decoder(
             prompt_embeds=torch.cat([self.condition_embeds(candidate, prompt_embeds) for candidate in planned]),
             init_image=over,
+            transparent=True,
             generator=[torch.Generator().manual_seed(reply.seed + i) for i in range(len(planned))],
             emotion=emotion,
             **decoder_kwargs,

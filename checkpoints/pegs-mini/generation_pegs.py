@@ -65,7 +65,7 @@ class StickerStreamer(Protocol):
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values `(B, H, T, D)` with room behind them: a step writes its own and copies no others."""
+    """A layer's keys and values `(B, H, T, D)` with room behind them: without gradients, a step writes its own and copies no others."""
 
     room = 64  # tokens
     buffers: tuple[torch.Tensor, ...] = ()  # whose beginnings are the keys and values
@@ -74,17 +74,35 @@ class RoomyLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put those of new tokens behind the others, and give all."""
-        if not self.is_initialized:
+        if torch.is_grad_enabled():
+            self.buffers = ()
+            return super().update(key_states, value_states, *args, **kwargs)
+        start = self.get_seq_length()
+        if not start:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if not self._has_room(end):
+        if not start or not self._has_room(end):
             self._move(end)
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.buffers = ()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take other rows."""
+        super().reorder_cache(beam_idx)
+        self.buffers = ()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only some rows."""
+        super().batch_select_indices(indices)
+        self.buffers = ()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
@@ -92,10 +110,12 @@ class RoomyLayer(DynamicLayer):
             self._move(self.get_seq_length(), repeats)
 
     def _has_room(self, end: int) -> bool:
-        """Whether there are buffers for `end` tokens that are still those of the keys and may be written."""
-        if not self.buffers or self.buffers[0].shape[2] < end or self.buffers[0].data_ptr() != self.keys.data_ptr():
+        """Whether there are buffers for `end` tokens, which may be written."""
+        if not self.buffers or self.buffers[0].shape[2] < end:
             return False
-        return torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
+        if torch.compiler.is_compiling():  # the compiler does not know of inference mode
+            return True
+        return not self.buffers[0].is_inference() or torch.is_inference_mode_enabled()
 
     def _move(self, end: int, repeats: int = 1) -> None:
         """Into buffers with room behind `end` tokens, each row `repeats` times."""
@@ -395,6 +415,7 @@ class PegsGenerationMixin:
         if drafts > 1:
             if past_key_values.get_seq_length() < prompt_length - 1:  # the last token is read by each draft
                 self._read(input_ids[:, :-1], attention_mask[:, :-1], new_pixel_values, past_key_values)
+            past_key_values.token_ids = None  # until there is one row again
             past_key_values.batch_repeat_interleave(drafts)
             new_pixel_values, own["num_return_sequences"] = None, drafts
         if kwargs.get("generation_config") is not None:  # transformers wants all settings in one place

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -39,7 +39,7 @@ POSITIONS_AT_ONCE = 256
 # Arguments of `from_pretrained` that a referenced language model is loaded with as well.
 SHARED_ARGUMENTS = ("device_map", "max_memory", "offload_folder")
 DOWNLOAD_ARGUMENTS = ("token", "cache_dir", "local_files_only")
-PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "create_pr")
 
 
 @dataclass
@@ -295,7 +295,7 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
         """
-        Save the checkpoint; referenced language and vision models are left out, the LoRA adapter goes into `adapter/` in PEFT's format. What is pushed is all of it.
+        Save the checkpoint; referenced language and vision models are left out, the LoRA adapter goes into `adapter/` in PEFT's format. What is pushed is the folder.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder.
@@ -319,7 +319,10 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             for adapter in self.language_model.peft_config.values():
                 adapter.base_model_name_or_path = self.config.language_model["hub_id"]
             self.language_model.save_pretrained(
-                Path(save_directory) / ADAPTER_FOLDER, state_dict=language_state, save_embedding_layers=False
+                Path(save_directory) / ADAPTER_FOLDER,
+                state_dict=language_state,
+                save_embedding_layers=False,
+                is_main_process=kwargs.get("is_main_process", True),
             )
         own = {key: value for key, value in state_dict.items() if key.partition(".")[0] not in left_out}
         language_model = self.language_model
@@ -329,8 +332,10 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             super().save_pretrained(save_directory, state_dict=own, **kwargs)
         finally:
             self.language_model = language_model
-        if pushes:
-            self.push_to_hub(push.pop("repo_id", Path(save_directory).name), **push)
+        if pushes and kwargs.get("is_main_process", True):
+            repo, token = push.pop("repo_id", Path(save_directory).name), kwargs.get("token")
+            repo = create_repo(repo, exist_ok=True, private=push.pop("private", None), token=token).repo_id
+            upload_folder(repo_id=repo, folder_path=save_directory, token=token, **push)
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         """As in transformers; the names are always looked up anew, because those it notes itself do not know of a LoRA wrapper."""

@@ -311,6 +311,7 @@ def conversation(processor, model, output, inputs, reply_image="green"):
     return [*tiny.dialogue(), {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
 
 
+@torch.no_grad()
 def test_a_cache_with_room_holds_what_a_growing_one_holds(model):
     config, generator = model.config.text_config, torch.Generator().manual_seed(0)
     size = (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
@@ -343,13 +344,71 @@ def test_a_cache_with_room_holds_what_a_growing_one_holds(model):
 
 def test_a_step_copies_nothing_that_was_read(model):
     cache, states = PegsCache(model.config.text_config), torch.randn(2, 1, 2, 30, 8)
-    keys, values = cache.update(*states, 0)
-    for _ in range(60):
-        longer = cache.update(*states[..., :1, :], 0)
-    assert (longer[0].data_ptr(), longer[1].data_ptr()) == (keys.data_ptr(), values.data_ptr())
-    cache.batch_repeat_interleave(4)
-    repeated = cache.layers[0].keys
-    assert cache.update(*states.repeat_interleave(4, dim=1)[..., :1, :], 0)[0].data_ptr() == repeated.data_ptr()
+    with torch.no_grad():
+        keys, values = cache.update(*states, 0)
+        for _ in range(60):
+            longer = cache.update(*states[..., :1, :], 0)
+        assert (longer[0].data_ptr(), longer[1].data_ptr()) == (keys.data_ptr(), values.data_ptr())
+        cache.batch_repeat_interleave(4)
+        repeated = cache.layers[0].keys
+        again = cache.update(*states.repeat_interleave(4, dim=1)[..., :1, :], 0)
+    assert again[0].data_ptr() == repeated.data_ptr()
+
+
+def test_a_cache_holds_only_the_rows_it_has(model, processor):
+    cache = model.new_cache()
+    model.generate(
+        **prompts(processor, tiny.dialogue()),
+        **{**ALWAYS, "do_sample": True, "sticker_bias": -torch.inf},
+        num_drafts=4,
+        past_key_values=cache,
+    )
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values, *layer.buffers)
+    }
+    assert all(len(tensor) == 1 for tensor in held.values())
+    cache.reset()
+    assert not any(layer.buffers for layer in cache.layers)
+
+
+def test_a_step_of_a_cache_compiles_into_one_graph(model):
+    cache, states = PegsCache(model.config.text_config), torch.randn(2, 1, 2, 30, 8)
+    step = torch.compile(lambda keys, values: cache.update(keys, values, 0), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        cache.update(*states, 0)
+        keys, _ = step(*states[..., :1, :])
+    assert torch.equal(keys, torch.cat([states[0], states[0, ..., :1, :]], dim=2))
+
+
+def test_gradients_pass_through_a_cache(model):
+    cache, ids = model.new_cache(), torch.arange(3, 13)[None]
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    embeds, losses = torch.randn(1, 2, model.config.text_config.hidden_size, requires_grad=True), []
+    for _ in range(2):
+        states = model.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+        losses.append(states.sum())
+        cache.crop(-2)
+    sum(losses).backward()
+    assert embeds.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_an_interrupted_reply_with_drafts_leaves_a_usable_cache(model, processor, drafts):
+    def interrupt(ids, scores):
+        if ids.shape[1] > length + 1:
+            raise KeyboardInterrupt
+        return scores
+
+    inputs, cache = prompts(processor, tiny.dialogue()), model.new_cache()
+    settings, length = {**ALWAYS, "do_sample": True, "num_drafts": 4}, inputs["input_ids"].shape[1]
+    model.generate(**inputs, **settings, past_key_values=cache)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs, **settings, past_key_values=cache, logits_processor=[interrupt])
+    again = model.generate(**inputs, **{**settings, "num_drafts": drafts}, past_key_values=cache)
+    assert again.sticker_mask.all()
 
 
 def test_one_cache_serves_a_whole_conversation(model, processor, monkeypatch):

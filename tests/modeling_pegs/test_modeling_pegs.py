@@ -1,5 +1,6 @@
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,11 +294,26 @@ def test_an_adapter_is_found_in_a_subfolder_and_missed_where_there_is_none(refer
 
 def test_saving_with_a_push_pushes_the_adapter_too(referring, monkeypatch, tmp_path):
     model = PegsModel.from_pretrained(referring / "pegs", language_model_path=referring / "backbone")
-    pushed = {}
-    monkeypatch.setattr(PegsModel, "push_to_hub", lambda _, repo, **kwargs: pushed.update(kwargs, repo_id=repo))
-    model.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="first", token="x")
-    assert pushed == {"repo_id": "mine", "commit_message": "first", "token": "x"}
-    assert (tmp_path / "mine" / "adapter" / "adapter_model.safetensors").is_file()
+    pushed, folder = {}, tmp_path / "mine"
+
+    def upload(folder_path, **kwargs):
+        pushed.update(kwargs, weights=load_file(folder_path / "model.safetensors"))
+        assert (folder_path / "adapter" / "adapter_model.safetensors").is_file()
+
+    monkeypatch.setattr(modeling_pegs, "create_repo", lambda repo, **_: SimpleNamespace(repo_id=f"me/{repo}"))
+    monkeypatch.setattr(modeling_pegs, "upload_folder", upload)
+    averaged = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, averaged, push_to_hub=True, commit_message="first", token="x")
+    assert not any(tensor.any() for tensor in pushed.pop("weights").values())
+    assert pushed == {"repo_id": "me/mine", "commit_message": "first", "token": "x"}
+
+
+def test_only_the_main_process_saves_the_adapter(referring, tmp_path):
+    model = PegsModel.from_pretrained(referring / "pegs", language_model_path=referring / "backbone")
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    model.save_pretrained(tmp_path, {}, is_main_process=False)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_device_map_and_quantisation_reach_the_language_model(referring, monkeypatch):

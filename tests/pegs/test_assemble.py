@@ -1,6 +1,8 @@
 """Checkpoints as they may come from elsewhere."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pegs.assemble import load_pipeline
 from pegs.errors import InputError
@@ -33,3 +35,11 @@ def test_a_truncated_checkpoint_is_one_line(drawing_only, name):
     with pytest.raises(InputError) as caught:
         load_pipeline(drawing_only)
     assert str(caught.value).startswith(f"--model {drawing_only}: ") and "\n" not in str(caught.value)
+
+
+def test_a_decoder_of_pickles_is_not_opened(drawing_only):
+    weights = drawing_only / "unet/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(InputError, match="safetensors"):
+        load_pipeline(drawing_only)

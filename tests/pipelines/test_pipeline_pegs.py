@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from pipelines.pipeline_pegs import PegsPipeline, Retrieved
 from tests.fixtures import tiny
@@ -100,11 +101,39 @@ def test_a_sticker_that_is_clearly_asked_for_is_the_one_meant(processor, decoder
     assert reply.retrieved[0].id == asked and len(reply.retrieved) == 3
     drawn = [(c.condition, [n.id for n in c.neighbours]) for c in plans[-1]]
     assert drawn == [("generation", [asked]), ("caption", [asked])] * 2, "nothing but what was asked for"
+    pipeline(tiny.dialogue(), variant="rag", condition="pooled", num_neighbours=3, **FAST)
+    assert len(plans[-1][0].neighbours) == 3, "unless more is wanted"
+    reply = pipeline(tiny.dialogue(), variant="ret", exclude=[asked], **FAST)
+    assert reply.sticker_id == near, "what was sent before is not what is asked for"
     ask_for(vectors.sum(dim=0))
     assert pipeline(tiny.dialogue(), variant="ret", **FAST).sticker_id == near
     model.config.retrieval_text_encoder = None
     ask_for(vectors[row])
     assert pipeline(tiny.dialogue(), variant="ret", **FAST).sticker_id == near, "other prompts, other space"
+
+
+def test_a_model_that_only_draws_reads_nothing_from_its_prompts(processor, decoder):
+    model = tiny.make_tiny_model(
+        retrieval_dim=24, retrieval_text_encoder="of captions", num_retrieval_tokens=0, variant="gen"
+    )
+    processor = tiny.make_tiny_processor(model.config)
+    pipeline = PegsPipeline(model, processor, Pack(), torch.zeros(3, 0), decoder)
+    assert pipeline(tiny.dialogue(), **FAST).sticker is not None
+
+
+def test_a_generation_config_says_how_long_a_text_is(pipeline, monkeypatch):
+    lengths, encode = [], pipeline.encode
+    monkeypatch.setattr(pipeline, "encode", lambda messages, room: lengths.append(room) or encode(messages, room))
+    settings = GenerationConfig(max_new_tokens=9, min_new_tokens=9, eos_token_id=tiny.EOS)
+    pipeline(tiny.dialogue(), generation_config=settings)
+    pipeline(tiny.dialogue())
+    pipeline(tiny.dialogue(), max_new_tokens=3)
+    assert lengths == [9, 64, 3] and settings.max_new_tokens == 9
+
+
+def test_what_a_decoder_without_alpha_draws_is_cut_out(pipeline):
+    pipeline.decoder = tiny.make_tiny_decoder(channels=3)
+    assert pipeline(tiny.dialogue(), variant="gen", **FAST).sticker.mode == "RGBA"
 
 
 def blocking(decoder, monkeypatch, verdicts):
@@ -285,13 +314,17 @@ def test_replies_at_the_same_time_do_not_disturb_each_other(pipeline):
         assert [image.tobytes() for image in pool.map(ask, range(3))] == one_by_one
 
 
-def test_variants_that_cannot_be_served_are_refused(pipeline):
+def test_what_cannot_be_served_is_refused_before_anything_is_said(pipeline, monkeypatch):
     with pytest.raises(ValueError, match="must be one of ret, gen, rag"):
         pipeline(tiny.dialogue(), variant="fax")
     with pytest.raises(ValueError, match="`condition` must be one of generation, caption, pooled, mixed, got 'x'"):
         pipeline(tiny.dialogue(), variant="gen", condition="x")
     with pytest.raises(ValueError, match="`num_neighbours` must be at least 1"):
         pipeline(tiny.dialogue(), variant="rag", num_neighbours=0)
+    for wrong in ({"num_candidates": 0}, {"strength": 0}, {"emotion": "joy"}):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
+            patch.setattr(pipeline.model, "generate", None)
+            pipeline(tiny.dialogue(), variant="gen", **wrong)
     captionless = PegsPipeline(
         pipeline.model, pipeline.processor, pipeline.pack, pipeline.pack_embeds, pipeline.decoder
     )

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from PIL import Image
 
+from pipelines import pipeline_sticker
 from pipelines.emotions import EmotionStates
 from pipelines.pipeline_sticker import CODE, SCHEDULERS, StickerPipeline
 from tests.fixtures import tiny
@@ -154,15 +156,35 @@ def test_rag_stays_near_the_init_image_at_low_strength(decoder):
     assert distance(0.3) < distance(1.0)
 
 
+def test_guidance_away_from_a_text_needs_a_text_encoder(decoder):
+    with pytest.raises(ValueError, match="pass `negative_prompt_embeds`, or `guidance_scale=1`"):
+        draw(decoder, negative_prompt="ugly", guidance_scale=2.0)
+
+
+def test_emotions_of_a_repository_are_those_of_the_same_commit(monkeypatch, tmp_path):
+    decoder, asked = tiny.make_tiny_decoder(), []
+    snapshot = tmp_path / "models--me--x" / "snapshots" / "c0ffee"
+    decoder.register_to_config(_name_or_path="me/x")
+    decoder.unet.register_to_config(_name_or_path=str(snapshot / "unet"))
+    monkeypatch.setattr(EmotionStates, "from_pretrained", lambda *args, **kwargs: asked.append((args, kwargs)))
+    decoder.save_pretrained(tmp_path / "again")
+    place = {"subfolder": "emotions", "revision": "c0ffee", "cache_dir": tmp_path}
+    assert asked == [(("me/x",), place)]
+
+
 def test_saving_with_a_push_pushes_what_is_complete(monkeypatch, tmp_path):
     pushed = []
 
-    def push(_, repo_id, **kwargs):
-        pushed.append((repo_id, kwargs, (tmp_path / "mine" / "pipeline_sticker.py").is_file()))
+    def upload(folder_path, **kwargs):
+        pushed.append((kwargs, (folder_path / "pipeline_sticker.py").is_file()))
 
-    monkeypatch.setattr(StickerPipeline, "push_to_hub", push)
+    def create(repo_id, private, **_):
+        return SimpleNamespace(repo_id=f"me/{repo_id}" if private else "")
+
+    monkeypatch.setattr(pipeline_sticker, "create_repo", create)
+    monkeypatch.setattr(pipeline_sticker, "upload_folder", upload)
     tiny.make_tiny_decoder().save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
-    assert pushed == [("mine", {"private": True}, True)]
+    assert pushed == [({"repo_id": "me/mine", "token": None}, True)]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
