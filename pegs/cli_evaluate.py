@@ -128,6 +128,8 @@ def evaluate_predict(
         made_by["replies"] = repeated.sha256
     if variant in ("ret", "gen", "rag"):
         made_by["model"] = digest_weights(resolve_checkpoint(model or DEFAULT_MODEL, revision))
+        if repeated is not None:
+            repeated.check_words(made_by["model"], pack, seed)
     elif variant == "tool":
         folder = resolve_checkpoint(model or DEFAULT_MODEL, revision)
         made_by["decoder"] = " ".join(digest_weights(folder / part) for part in ("unet", "vae", "scheduler"))
@@ -146,7 +148,10 @@ def evaluate_predict(
         if variant == "tool":
             pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, device=device, revision=revision)
             decoder, length = pipeline.decoder, pipeline.model.config.prompt_length
-        language_model.to(device)  # type: ignore[arg-type]
+        try:
+            language_model.to(device)  # type: ignore[arg-type]
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
         predictor = BaselinePredictor(language_model, tokenizer, pack, name or f"baseline-{variant}", decoder, length)
     else:
         pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device, revision)
@@ -296,9 +301,16 @@ def human_serve(
         list[Path] | None,
         typer.Argument(metavar="PREDICTIONS...", help="One file a model; not needed to go on with a study."),
     ] = None,
-    raters: Annotated[int, typer.Option(min=1, help="How many raters; more than before adds some.")] = 5,
-    sessions: Annotated[int, typer.Option(min=1, help="How many sampled sessions.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of the sample and of the orders.")] = 0,
+    raters: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many raters; more than before adds some.", show_default="5 in a new study"),
+    ] = None,
+    sessions: Annotated[
+        int | None, typer.Option(min=1, help="How many sampled sessions.", show_default="100 in a new study")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sample and of the orders.", show_default="0 in a new study")
+    ] = None,
     stickers: StickersOption = "openmoji",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7861,

@@ -174,11 +174,11 @@ class StickerChooser:
         Answer a batch of turns.
 
         Raises:
-            InputError: If the other model did not answer one of them.
+            InputError: If the other model did not answer one of them, or something else.
 
         """
         replies = []
-        for turn, row in zip(turns, self.replies.replies_to(turns), strict=True):
+        for turn, row in zip(turns, self.replies.replies_to(turns, self.pack), strict=True):
             said, gold = row.predicted, turn.turn.system
             reply = Reply(said.text)
             if said.sticker is not None:

@@ -128,9 +128,10 @@ class Study:
             raise InputError(f"--study {self.file.parent}: {FILE}: {error}.") from error
 
     def value(self, key: str) -> Any:
-        """A setting of the study."""
+        """A setting of the study; `None` of one that did not keep it yet."""
         with self.open() as db:
-            return json.loads(db.execute("SELECT value FROM study WHERE key = ?", (key,)).fetchone()[0])
+            row = db.execute("SELECT value FROM study WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
 
     def links(self) -> list[tuple[int, str]]:
         """Raters and the secret parts of their links."""
@@ -260,7 +261,12 @@ def _deal_pages(
 
 
 def begin_study(
-    folder: Path, runs: Sequence[Predictions], pack: StickerPack, raters: int, sessions: int, seed: int
+    folder: Path,
+    runs: Sequence[Predictions],
+    pack: StickerPack,
+    raters: int | None = None,
+    sessions: int | None = None,
+    seed: int | None = None,
 ) -> Study:
     """
     Make a questionnaire, or open the one that is there; more raters than it has are added.
@@ -271,13 +277,13 @@ def begin_study(
         folder (`Path`): Folder of the study.
         runs (`Sequence[Predictions]`): One a model; none to open a study.
         pack ([`StickerPack`]): Holds the stickers.
-        raters (`int`): How many raters (paper: 5).
-        sessions (`int`): How many sessions are sampled (paper: 100).
-        seed (`int`): Seed of the sample and of all orders.
+        raters (`int`, *optional*): How many raters, defaults to those it has, 5 of a new one (as in the paper).
+        sessions (`int`, *optional*): How many sessions are sampled, defaults to its own, 100 of a new one (as in the paper).
+        seed (`int`, *optional*): Seed of the sample and of all orders, defaults to its own, 0 of a new one.
 
     Raises:
-        InputError: If there is no study to open, the one that is there is of other predictions, results of two models would have one name, or what should be a
-            sticker is no picture.
+        InputError: If there is no study to open, the one that is there is of other predictions, another seed or number of sessions, results of two models would have
+            one name, or what should be a sticker is no picture.
 
     """
     digests = sorted(run.sha256 for run in runs)
@@ -285,11 +291,17 @@ def begin_study(
         study = Study(folder)
         if runs and digests != study.value("predictions"):
             raise InputError(f"--study {folder}: is of other predictions; choose another folder.")
+        for option, ours in (("sessions", sessions), ("seed", seed)):
+            theirs = study.value(option) if ours is not None else None
+            if theirs not in (None, ours):
+                raise InputError(
+                    f"--{option} {ours}: --study {folder} was begun with {theirs}; leave it out to go on."
+                )
     else:
         if runs:
-            _write_study(folder, runs, pack, sessions, seed, digests)
+            _write_study(folder, runs, pack, sessions or 100, seed or 0, digests)
         study = Study(folder)
-    study.add_raters(raters)
+    study.add_raters(raters or (0 if study.links() else 5))
     return study
 
 
@@ -329,7 +341,7 @@ def _write_study(
             about = {"reply", *(["sticker"] if sticker else []), *(["drawing"] if sticker and sticker.picture else [])}
             asked = json.dumps([question.key for question in QUESTIONS if question.about in about])
             db.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", (turn, run.model, json.dumps(show(run, row.predicted)), asked))  # fmt: skip
-    settings = {"seed": seed, "predictions": digests, "attribution": pack.info.attribution}
+    settings = {"seed": seed, "sessions": sessions, "predictions": digests, "attribution": pack.info.attribution}
     db.executemany("INSERT INTO study VALUES (?, ?)", [(key, json.dumps(value)) for key, value in settings.items()])
     db.commit()
     db.execute("PRAGMA journal_mode = WAL")

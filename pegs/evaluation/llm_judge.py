@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, create_model
-from scipy.stats import chi2, kendalltau
+from scipy.stats import f, kendalltau
 
 from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Steps, most_prompt_tokens
 from agent_generation.engine import Progress as Done
@@ -160,24 +160,32 @@ def ranks_of(order: Sequence[int], places: Sequence[int]) -> list[int]:
     return ranks
 
 
-def position_bias(answers: Iterable[Sequence[int]]) -> dict[str, Any] | None:
+def position_bias(ranks: np.ndarray, orders: Sequence[Sequence[int]]) -> dict[str, Any] | None:
     """
-    Whether a judge prefers a place, by Friedman's test over answers of balanced orders: there the models' worth cancels out.
+    Whether a judge prefers a place: F test of the places in the analysis of variance of Latin squares, one a turn, with models and orders as their other factors.
+
+    The mean of a model's ranks in a turn is taken away first, so the models' worth is neither in the places' means nor in the spread that these are held against.
 
     Args:
-        answers (`Iterable[Sequence[int]]`): Places from best to worst, one list an answer.
+        ranks (`np.ndarray` of shape `(turns, orders, models)`): Of each model in each order, from 1 for the best.
+        orders (`Sequence[Sequence[int]]`): Which model stands at which place; the same Latin square in every turn.
 
     Returns:
-        `dict`: `mean_rank_by_place` (equal where there is no bias), `chi2`, `p`, `answers`; `None` without answers.
+        `dict`: `mean_rank_by_place` (equal where there is no bias), `f`, `p`, `answers`; `None` without answers.
 
     """
-    ranks = np.array([np.argsort(places) + 1 for places in answers])
     if not len(ranks):
         return None
-    count, places = ranks.shape
-    means = ranks.mean(0)
-    statistic = 12 * count / (places * (places + 1)) * float(((means - (places + 1) / 2) ** 2).sum())
-    return {"mean_rank_by_place": means.round(4).tolist(), "chi2": round(statistic, 4), "p": float(chi2.sf(statistic, places - 1)), "answers": count}  # fmt: skip
+    turns, places, _ = ranks.shape
+    by_place = np.take_along_axis(ranks - ranks.mean(1, keepdims=True), np.array(orders)[None], 2)
+    shifts = by_place.mean((0, 1))
+    explained, total = turns * places * float((shifts**2).sum()), float((by_place**2).sum())
+    freedom = max(1, turns * (places - 1) ** 2 - (places - 1))
+    noise = (total - explained) / freedom
+    if noise < 1e-9:
+        noise = places * (places + 1) / 12  # a judge that sees nothing but places leaves none: then that of chance
+    statistic = explained / (places - 1) / noise
+    return {"mean_rank_by_place": (shifts + (places + 1) / 2).round(4).tolist(), "f": round(statistic, 4), "p": float(f.sf(statistic, places - 1, freedom)), "answers": turns * places}  # fmt: skip
 
 
 def sample_turns(keys: Sequence[str], count: int, seed: int) -> list[str]:
@@ -350,15 +358,13 @@ def summarize(trial: Trial, answers: Mapping[str, dict | None], judge: str) -> l
     """
     orders = latin_square(len(trial.runs))
     ranks: dict[str, np.ndarray] = {}
-    squares: list[list[list[int]]] = []
     for key in trial.runs[0].keys:
         places = (answers.get(f"rank/{key}") or {}).get("places", [None])
         if None not in places:
-            squares.append(places)
             ranks[key] = np.array([ranks_of(*pair) for pair in zip(orders, places, strict=True)])  # (orders, models)
     taus = [kendalltau(one, other).statistic for square in ranks.values() for one, other in combinations(square, 2)]
     shared = {
-        "position_bias": position_bias(places for square in squares for places in square),
+        "position_bias": position_bias(np.array(list(ranks.values())), orders),
         "rank_self_consistency": float(np.mean(taus)) if taus else None,
         "turns_not_ranked": len(trial.runs[0].rows) - len(ranks) if len(trial.runs) > 1 else None,
     }

@@ -113,17 +113,33 @@ class Predictions:
         """The rows of some turns, in their order."""
         return Predictions(self.path, tuple(self.by_key[key] for key in keys))
 
-    def replies_to(self, turns: Sequence["SystemTurn"]) -> list[Prediction]:
+    def check_words(self, checkpoint: str, pack: StickerPack, seed: int) -> None:
+        """
+        Check that the words are those of a checkpoint (by its digest) at a seed, so that another variant of it can repeat them.
+
+        Raises:
+            InputError: If they are not, or `<path>.run.json` does not say so.
+
+        """
+        theirs, ours = _read_origin(self.path, "--replies"), {"model": checkpoint, "stickers": _digest_pack(pack)}
+        differing = [key for key, value in ours.items() if theirs.get(key) != value]
+        differing += ["seed"] if any(row.seed != seed for row in self.rows) else []
+        if differing:
+            raise InputError(f"--replies {self.path}: was made with other {', '.join(differing)}; its words are not this run's.")  # fmt: skip
+
+    def replies_to(self, turns: Sequence["SystemTurn"], pack: StickerPack) -> list[Prediction]:
         """
         The rows of the turns, which another model repeats.
 
         Raises:
-            InputError: If one is missing.
+            InputError: If one is missing, or answers something else.
 
         """
         for turn in turns:
             if turn.key not in self.by_key:
                 raise InputError(f"--replies {self.path}: has no turn {turn.key}.")
+            if not _answers(self.by_key[turn.key], turn, pack):
+                raise InputError(f"--replies {self.path}: context: {turn.key} is not as in this run's sessions.")
         return [self.by_key[turn.key] for turn in turns]
 
     def picture_bytes(self, sticker: SentSticker, pack: StickerPack) -> bytes:
@@ -206,12 +222,16 @@ def common_turns(runs: Sequence[Predictions]) -> list[str]:
     Names of the turns that all models answered, in the first one's order.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there are none, or one has another context in another file.
 
     """
     shared = set.intersection(*(set(run.keys) for run in runs))
     if not shared:
         raise InputError(f"{runs[-1].path}: session_id, turn: no turn is in all of the predictions.")
+    for run in runs[1:]:
+        for key in sorted(shared):
+            if run.by_key[key].context != runs[0].by_key[key].context:
+                raise InputError(f"{run.path}: context: {key} is not as in {runs[0].path}.")
     return [key for key in runs[0].keys if key in shared]
 
 
@@ -387,16 +407,25 @@ def _digest_pack(pack: StickerPack) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _origin_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.run.json")
+
+
+def _read_origin(path: Path, option: str) -> dict[str, object]:
+    """What made the rows of a file."""
+    file = _origin_file(path)
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{option} {path}: has no {file.name} that says what made its rows; choose another file.") from None  # fmt: skip
+
+
 def _check_same_origin(out: Path, lines: Sequence[bytes], ours: Mapping[str, object]) -> None:
     """Rows that are there were made by what makes the others, as `<out>.run.json` says; before the first row it is written."""
-    file = out.with_name(f"{out.name}.run.json")
     if not lines:
-        write_json(file, dict(ours))
+        write_json(_origin_file(out), dict(ours))
         return
-    try:
-        theirs = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"--out {out}: has no {file.name} that says what made its rows; choose another file.") from None  # fmt: skip
+    theirs = _read_origin(out, "--out")
     differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if differing:
         raise InputError(f"--out {out}: was begun with other {', '.join(differing)}; use the same to go on, or choose another file.")  # fmt: skip
@@ -414,10 +443,14 @@ def _check_same_run(
         for field, is_value, must_be in zip(("turn", "model", "seed"), found, expected, strict=True):
             if is_value != must_be:
                 raise InputError(f"--out {out}:{number}: {field}: this run has {must_be!r}, the file {is_value!r}; choose another file.")  # fmt: skip
-        if (row.context, row.reference) != (_context(turn, pack), sent(turn.turn.system, pack)):
+        if not _answers(row, turn, pack):
             raise InputError(f"--out {out}:{number}: context: {turn.key} is not as in this run's sessions; choose another file.")  # fmt: skip
     if len(lines) > len(turns):
         raise InputError(f"--out {out}:{len(turns) + 1}: turn: this run has no more than {len(turns)} turns.")
+
+
+def _answers(row: Prediction, turn: SystemTurn, pack: StickerPack) -> bool:
+    return (row.context, row.reference) == (_context(turn, pack), sent(turn.turn.system, pack))
 
 
 def _context(turn: SystemTurn, pack: StickerPack) -> tuple[Line, ...]:
@@ -521,7 +554,7 @@ class PegsPredictor:
     @torch.no_grad()
     def _repeat(self, words: Predictions, turns: Sequence[SystemTurn], seed: int) -> list[Reply]:
         """The words as they were, with stickers of this variant."""
-        rows = words.replies_to(turns)
+        rows = words.replies_to(turns, self.pack)
         replies = [Reply(r.predicted.text, None, None, r.gold_rank, r.candidates, r.sticker_logit) for r in rows]
         sending = [number for number, row in enumerate(rows) if row.predicted.sticker is not None]
         if not sending:

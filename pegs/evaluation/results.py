@@ -180,7 +180,7 @@ def compare(one: Result, other: Result, statistic: Statistic) -> Difference | No
     A metric's difference between two models over the turns that both have.
 
     Its p is of Student's t with the bootstrap's standard error and as many degrees of freedom as there are sessions but one: a share of the bootstrap's rounds could not fall low
-    enough for the many differences of a table.
+    enough for the many differences of a table. A difference that is the same in every session has no such error: its p is that of the sign-flip test.
 
     Returns:
         [`Difference`], or `None` if they share no turn, or one has nothing to measure there.
@@ -204,7 +204,9 @@ def _p_value(value: float, drawn: np.ndarray, turns: Sequence[str]) -> float:
     if value == 0 or freedom == 0:
         return 1.0
     error = float(np.std(drawn))
-    return float(2 * student.sf(abs(value) / error, freedom)) if error > 0 else 0.0
+    if error < 1e-9 * abs(value):  # but for rounding none
+        return 2.0**-freedom
+    return float(2 * student.sf(abs(value) / error, freedom))
 
 
 def make_result(

@@ -35,8 +35,8 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
     """
     The chat page: text, an uploaded picture or a sticker picked from the pack, variant switch, how often a sticker comes, seed, undo, clear.
 
-    A conversation lives in its browser session alone; the pipeline keeps nothing of it. What the model has read of the last few stays in memory, so that it
-    is not read again at each turn.
+    A conversation lives in its browser session alone; the pipeline keeps nothing of it. What the model has read of the last few stays in memory until it is cleared or its
+    page closed, so that it is not read again at each turn. Pictures lie in gradio's folder for temporary files until the chat has not shown them for an hour, or ends.
 
     Args:
         pipeline ([`PegsPipeline`]): Answers.
@@ -70,7 +70,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         request: gr.Request,
     ):
         """Show the user's message at once, then the reply; an error leaves the conversation, and what was to be sent, as it was."""
-        before = [shown, history, text, upload, picked]
+        before = [shown, shown, history, text, upload, picked]
         text = (text or "").strip()
         picture = None
         if upload:
@@ -90,7 +90,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         messages = [*(entry["message"] for entry in history), {"role": "user", "content": content}]
         sent = [entry["sticker_id"] for entry in history if entry["sticker_id"]]
         shown = [*shown, *show_user(text, picture)]
-        yield shown, history, "", None, None
+        yield shown, shown, history, "", None, None
         session = request.session_hash
         cache = caches.pop(session) if session in caches else pipeline.model.new_cache()
         try:
@@ -116,8 +116,10 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
             {"message": messages[-1], "sticker_id": None},
             {"message": {"role": "assistant", "content": answer}, "sticker_id": reply.sticker_id},
         ]
+        shown = [*shown, *show_reply(reply)]
         yield (
-            [*shown, *show_reply(reply)],
+            shown,
+            shown,
             history,
             gr.skip(),
             gr.skip(),
@@ -150,18 +152,26 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
     def undo(history: list[dict], shown: list[dict]):
         """Take the last exchange back, or the message that still waits for its reply, and put its text into the box."""
         if not shown:
-            return shown, history, ""
+            return shown, shown, history, ""
         waits = shown[-1]["role"] == "user"
         last_user = max(i for i, item in enumerate(shown) if item["role"] == "user")
         while last_user and shown[last_user - 1]["role"] == "user":
             last_user -= 1
         text = shown[last_user]["content"]
-        if not isinstance(text, str):  # a picture alone; gradio gives back texts as lists of parts
-            text = next((part["text"] for part in text if isinstance(part, dict) and part.get("type") == "text"), "")
-        return shown[:last_user], history if waits else history[:-2], text
+        left = shown[:last_user]
+        return left, left, history if waits else history[:-2], text if isinstance(text, str) else ""
 
-    with gr.Blocks(title="PEGS: words and stickers") as page:
-        history = gr.State([])
+    def forget(request: gr.Request) -> None:
+        """Drop what the model has read of a conversation."""
+        caches.pop(request.session_hash, None)
+
+    def clear(request: gr.Request):
+        """Start over."""
+        forget(request)
+        return [], [], [], "", None, None
+
+    with gr.Blocks(title="PEGS: words and stickers", delete_cache=(600, 3600)) as page:
+        history, shown = gr.State([]), gr.State([])  # what is shown is not read back from its files, which do not last
         picked = gr.State(None)
         gr.Markdown("## PEGS\nA companion that answers with words and, now and then, a sticker.")
         with gr.Row():
@@ -207,14 +217,15 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
             return shelves[name][event.index]
 
         page.load(thumbnails, shelf, gallery)
+        page.unload(forget)
         shelf.change(thumbnails, shelf, gallery)
         gallery.select(pick, shelf, picked)
-        inputs = [box, upload, picked, history, kind, rate, seed, chatbot]
-        outputs = [chatbot, history, box, upload, picked]
+        inputs = [box, upload, picked, history, kind, rate, seed, shown]
+        outputs = [chatbot, shown, history, box, upload, picked]
         # one event, so that only one message is under way
         sending = gr.on([box.submit, button.click], send, inputs, outputs)
-        undo_button.click(undo, [history, chatbot], [chatbot, history, box], cancels=[sending])
-        clear_button.click(lambda: ([], [], "", None, None), None, outputs, cancels=[sending])
+        undo_button.click(undo, [history, shown], [chatbot, shown, history, box], cancels=[sending])
+        clear_button.click(clear, None, outputs, cancels=[sending])
     return page
 
 
@@ -230,7 +241,7 @@ def serve_chat(pipeline: PegsPipeline, variant: str, host: str, port: int, stick
         sticker_rate (`float`, *optional*): Share of replies with a sticker at first.
 
     Raises:
-        InputError: If the port is taken.
+        InputError: If the port is taken, or there is none of that number.
 
     """
     page = build_chat(pipeline, variant, sticker_rate)
@@ -243,6 +254,7 @@ def serve_chat(pipeline: PegsPipeline, variant: str, host: str, port: int, stick
             theme=gr.themes.Soft(),
             footer_links=[],
             ssr_mode=False,
+            max_file_size="20mb",
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise InputError(f"--port {port}: {error}") from None

@@ -46,7 +46,6 @@ def run_terminal(pipeline: PegsPipeline, variant: str, sticker_rate: float | Non
                 console.print(str(error), style="red", markup=False)
         elif line:
             messages.append({"role": "user", "content": [{"type": "text", "text": line}, *pending]})
-            pending = []
             try:
                 reply = pipeline(
                     messages,
@@ -60,6 +59,7 @@ def run_terminal(pipeline: PegsPipeline, variant: str, sticker_rate: float | Non
                 console.print(str(error), style="red", markup=False)
                 messages.pop()
                 continue
+            pending = []
             content: list[dict] = [{"type": "text", "text": reply.text}]
             console.print("[bold]pegs[/bold]", escape(reply.text))
             if reply.sticker is not None:

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from pegs.errors import InputError
 from pegs.evaluation.baselines import SYSTEM, TOOL, BaselinePredictor, StickerChooser, baseline_chat, context_chat
-from pegs.evaluation.predict import read_predictions, run_predictions, system_turns
+from pegs.evaluation.predict import Reply, read_predictions, run_predictions, system_turns
 from tests.fixtures import tiny
 from tests.pegs.evaluation import make
 
@@ -98,11 +98,21 @@ def by_colour(texts):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def write_replies(path, session, said):
+    """Predictions of a model that says so in a session; `None` for no sticker."""
+
+    def other(turns, seed):
+        return [Reply(*said[turn.turn.turn - 1]) for turn in turns]
+
+    other.model = "other"
+    return run_predictions(other, list(system_turns([session], PACK))[: len(said)], PACK, path)
+
+
 def chosen(folder, says, encoder, seed=0):
     """What a chooser makes of a session's replies that say so; the second turn is without a sticker."""
-    rows = [make.row("other", f"one/{n}", ("", None), (text, "red" if n != 2 else None)) for n, text in enumerate(says, start=1)]  # fmt: skip
-    replies = make.write(folder / "other.jsonl", rows)
     session = make.make_session("one", len(says))
+    (folder / "other.jsonl").unlink(missing_ok=True)
+    replies = write_replies(folder / "other.jsonl", session, [(text, "red" if n != 1 else None) for n, text in enumerate(says)])  # fmt: skip
     return StickerChooser(replies, PACK, "chooser", encoder)(list(system_turns([session], PACK)), seed)
 
 
@@ -132,7 +142,7 @@ def test_chance_is_chance_and_the_same_with_the_same_seed(tmp_path):
 
 
 def test_a_turn_that_the_other_model_did_not_answer_is_named(tmp_path):
-    replies = make.write(tmp_path / "other.jsonl", [make.row("other", "one/1", ("", None), ("x", None))])
+    replies = write_replies(tmp_path / "other.jsonl", make.make_session(), [("x", None)])
     turns = list(system_turns([make.make_session()], PACK))
     with pytest.raises(InputError, match=r"--replies .*other.jsonl: has no turn one/2"):
         StickerChooser(replies, PACK, "chooser", None)(turns, 0)
@@ -141,15 +151,14 @@ def test_a_turn_that_the_other_model_did_not_answer_is_named(tmp_path):
 def test_the_command_chooses_by_minilm(tmp_path):
     PACK.save(tmp_path / "pack")
     (tmp_path / "sessions.jsonl").write_text(make.make_session().model_dump_json() + "\n", "utf-8")
-    rows = [make.row("pegs", f"one/{n}", ("", None), ("I am so sad, blue and sad", "red")) for n in (1, 2, 3)]
-    other = make.write(tmp_path / "pegs.jsonl", rows)
+    other = write_replies(tmp_path / "pegs.jsonl", make.make_session(), [("I am so sad, blue and sad", "red")] * 3)
     command = ("predict", "--sessions", tmp_path / "sessions.jsonl", "--stickers", tmp_path / "pack", "--out", tmp_path / "out.jsonl")  # fmt: skip
     done = make.pegs(*command, "--variant", "minilm", "--replies", other.path, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"predictions": str(tmp_path / "out.jsonl"), "model": "baseline-minilm", "turns": 3, "stickers": 3}  # fmt: skip
     run = read_predictions(tmp_path / "out.jsonl")
     assert [row.predicted.sticker.id for row in run.rows] == ["blue"] * 3  # "blue, sadness"
-    make.write(other.path, [row.model_copy(update={"predicted": row.reference}) for row in rows])
+    make.write(other.path, [row.model_copy(update={"predicted": row.reference}) for row in other.rows])
     changed = make.pegs(*command, "--variant", "minilm", "--replies", other.path)
     assert changed.returncode == 2 and "was begun with other replies" in changed.stderr
     assert "--variant random needs --replies" in make.pegs(*command, "--variant", "random").stderr

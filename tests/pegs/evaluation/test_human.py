@@ -191,13 +191,21 @@ def test_a_study_goes_on_and_takes_more_raters(tmp_path):
     study = make_study(tmp_path, raters=2)
     fill(study, 1)
     links = study.links()
-    more = begin_study(tmp_path / "study", [], PACK, 4, 100, 0)
+    assert begin_study(tmp_path / "study", [], PACK).links() == links
+    more = begin_study(tmp_path / "study", [], PACK, 4, 4, 0)
     assert len(more.links()) == 4 and more.links()[:2] == links and all(more.progress(1))
+    for other, said in (((100, 0), "--sessions 100: .* begun with 4"), ((4, 7), "--seed 7: .* begun with 0")):
+        with pytest.raises(InputError, match=said):
+            begin_study(tmp_path / "study", [], PACK, None, *other)
     with pytest.raises(InputError, match="is of other predictions"):
         begin_study(tmp_path / "study", [make.make_run(tmp_path, "delta")], PACK, 2, 4, 0)
     with pytest.raises(InputError, match="name predictions to begin a study"):
         begin_study(tmp_path / "none", [], PACK, 2, 4, 0)
     assert (tmp_path / "study" / human.FILE).stat().st_mode & 0o077 == 0
+    with more.open() as db:
+        db.execute("DELETE FROM study WHERE key = 'sessions'")  # as studies were before
+    assert begin_study(tmp_path / "study", [], PACK, None, 100).links() == more.links()
+    assert len(begin_study(tmp_path / "new", [make.make_run(tmp_path, "delta")], PACK).links()) == 5
 
 
 def test_raters_are_shown_pictures_only(tmp_path):

@@ -133,13 +133,27 @@ def test_a_biased_judge_fools_a_fixed_order_but_not_the_square(tmp_path):
     assert fixed[0] == 1 and runs[0].model == "poor"  # the fixed order puts the worst first
 
 
+def position_bias_of(bias, noise, turns=100, worth=range(7), seed=0):
+    """Of a judge that adds `bias` to the first place and `noise` to what the replies are worth, in every turn as much more or less as the noise is."""
+    rng, orders = np.random.default_rng(seed), np.array(latin_square(len(worth)))
+    here = np.array(worth) + noise * rng.normal(size=(turns, 1, len(worth)))
+    judged = here + noise * rng.normal(size=(turns, *orders.shape)) + bias * (np.argsort(orders, 1) == 0)
+    return position_bias((-judged).argsort(2).argsort(2) + 1, orders)
+
+
 def test_position_bias_of_fair_and_unfair_answers():
-    fair = [[order.index(model) for model in (2, 0, 1, 3)] for order in latin_square(4) * 5]
-    assert position_bias(fair)["p"] == 1 and position_bias(fair)["mean_rank_by_place"] == [2.5] * 4
-    assert position_bias([[0, 1]] * 10)["p"] == pytest.approx(
-        0.00157, abs=1e-4
-    )  # Friedman of ten equal pairs: chi2 10
-    assert position_bias([]) is None
+    fair = position_bias_of(0, noise=0, turns=5, worth=range(4))
+    assert fair["p"] == 1 and fair["mean_rank_by_place"] == [2.5] * 4 and fair["answers"] == 20
+    blind = position_bias_of(9, noise=0, turns=5, worth=(0, 0.1))
+    assert blind["mean_rank_by_place"] == [1, 2] and blind["p"] == pytest.approx(0.0341, abs=1e-4)  # F(1, 4) of 10
+    assert position_bias(np.array([]), [(0,)]) is None
+
+
+def test_position_bias_is_seen_among_models_that_differ_and_by_chance_once_in_twenty():
+    assert all(position_bias_of(0.3, noise=1, seed=seed)["p"] < 0.01 for seed in range(10))
+    for turns, worth in ((100, range(7)), (10, (0, 1, 3)), (3, (0, 0, 1, 5))):
+        alarms = sum(position_bias_of(0, 1, turns, worth, seed)["p"] < 0.05 for seed in range(400))
+        assert 8 <= alarms <= 32, (turns, worth)  # within three standard errors of 20
 
 
 def test_a_killed_run_pays_for_nothing_twice(tmp_path):

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from pegs import assemble
+from pegs import adapters, assemble
 from pegs.errors import InputError
 from pegs.evaluation.predict import (
     PegsPredictor,
     Predictions,
     Reply,
     SentSticker,
+    common_turns,
     digest_weights,
     read_all,
     read_predictions,
@@ -154,6 +155,32 @@ def test_predictions_of_an_old_checkpoint_are_not_those_of_a_retrained_one(predi
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("variant", ["ret", "gen", "rag"])
+def test_another_checkpoints_words_are_not_repeated(turns, tmp_path, variant):
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "checkpoint" / name).write_text("ours")
+    PACK.save(tmp_path / "pack")
+    (tmp_path / "sessions.jsonl").write_text(make.make_session().model_dump_json())
+    words = tmp_path / "words.jsonl"
+
+    def refusal(model, pack=PACK, seed=0):
+        words.unlink(missing_ok=True)
+        run_predictions(Echo(), turns[:3], pack, words, seed, made_by={"model": model})
+        done = make.pegs("predict", "--sessions", tmp_path / "sessions.jsonl", "--stickers", tmp_path / "pack", "--model", tmp_path / "checkpoint", "--variant", variant, "--replies", words, "--out", tmp_path / "out.jsonl")  # fmt: skip
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+        return done.stderr
+
+    ours = digest_weights(tmp_path / "checkpoint")
+    assert f"--replies {words}: was made with other model; its words" in refusal("theirs")
+    assert "was made with other seed;" in refusal(ours, seed=1)
+    assert "was made with other stickers;" in refusal(ours, make.make_pack(databases=False))
+    assert "--replies" not in refusal(ours)  # the checkpoint is no real one
+    (tmp_path / "words.jsonl.run.json").unlink()
+    with pytest.raises(InputError, match=r"--replies .*words.jsonl: has no words.jsonl.run.json"):
+        read_predictions(words).check_words(ours, PACK, 0)
+
+
 def test_a_digest_is_of_weights_and_configurations_alone(tmp_path):
     def digest(name, text):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -208,6 +235,15 @@ def test_a_baseline_that_is_no_adapter_is_named_by_its_option(tmp_path, config, 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")
+def test_a_baseline_on_a_device_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "load_adapted", lambda *_: (torch.nn.Linear(1, 1), None))
+    PACK.save(tmp_path / "pack")
+    (tmp_path / "sessions.jsonl").write_text(make.make_session().model_dump_json())
+    done = make.pegs("predict", "--sessions", tmp_path / "sessions.jsonl", "--stickers", tmp_path / "pack", "--variant", "text", "--baseline", tmp_path, "--device", "cuda", "--out", tmp_path / "out.jsonl")  # fmt: skip
+    assert done.returncode == 2 and "--device cuda: " in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(("out", "said"), [("folder", "must be a file"), ("file/x.jsonl", "must be a folder")])
 def test_an_out_of_the_wrong_kind_is_named(turns, tmp_path, out, said):
     (tmp_path / "folder").mkdir()
@@ -238,6 +274,14 @@ def test_a_wrong_row_is_named_by_file_line_and_field(turns, tmp_path, change, sa
     with pytest.raises(InputError) as caught:
         read_predictions(out)
     assert f"{out}{said}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_turns_of_other_sessions_are_not_compared(tmp_path):
+    one, other = (make.make_run(tmp_path, model) for model in ("one", "other"))
+    assert common_turns([one, other]) == one.keys
+    rows = [row.model_copy(update={"context": other.rows[0].context}) for row in other.rows]
+    with pytest.raises(InputError, match=r"other.jsonl: context: s0/2 is not as in .*one.jsonl"):
+        common_turns([one, make.write(other.path, rows)])
 
 
 def test_files_that_are_not_there_empty_or_of_one_model(tmp_path, turns):
@@ -298,6 +342,10 @@ def test_another_variant_keeps_words_timing_and_scores(predictor, turns, tmp_pat
     gen.words = Predictions(words.path, words.rows[:2])
     with pytest.raises(InputError, match=r"--replies .*ret.jsonl: has no turn one/3"):
         gen(turns[:3], 0)
+    said = turns[0].turn.model_copy(update={"user": make.said("something else", None)})
+    changed = turns[0].session.model_copy(update={"turns": (said, *turns[0].session.turns[1:])})
+    with pytest.raises(InputError, match=r"--replies .*ret.jsonl: context: one/1 is not as in this run's sessions"):
+        gen(list(system_turns([changed], PACK)), 0)
 
 
 def test_scores_after_the_reference_do_not_depend_on_the_batch(predictor, turns):

@@ -82,7 +82,9 @@ def test_a_plain_difference_survives_the_correction_for_a_whole_table():
     few = compare(result("a", [1.0, 2.0, 2.5]), result("b", [0.0, 0.5, 2.0]), mean_of("x"))
     assert few.p > 0.05  # three sessions do not settle anything
     assert compare(result("a", [1.0]), result("b", [0.0]), mean_of("x")).p == 1.0
-    assert compare(result("a", [1.0] * 9), result("b", [0.0] * 9), mean_of("x")).p == 0.0
+    for sessions in (2, 9):  # the same in each: as if signs were flipped, and not 0
+        one, other = result("a", [0.3] * sessions), result("b", [0.1] * sessions)
+        assert compare(one, other, mean_of("x")).p == 2.0 ** (1 - sessions)
 
 
 def test_corpus_bleu_of_resampled_turns_is_that_of_the_drawn_corpus():
