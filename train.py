@@ -2,7 +2,7 @@
 Train any stage of PEGS.
 
     accelerate launch train.py --config configs/mini/joint.yaml
-    accelerate launch --config_file configs/accelerate/multi_gpu.yaml train.py --config configs/vicuna-7b/joint.yaml --output_dir outputs/joint
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml train.py --config configs/vicuna-7b/joint_rag.yaml --output_dir outputs/joint
 """
 
 import sys

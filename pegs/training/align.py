@@ -22,6 +22,7 @@ from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from pegs.assemble import embed_pack, load_pack
+from pegs.training.build import load_checkpoint
 from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import sent_stickers
@@ -224,7 +225,7 @@ class Pairs(Dataset):
 
 def train_align(args: AlignArguments) -> None:
     """Train the stage and save the whole checkpoint."""
-    model, processor = PegsModel.from_pretrained(args.init_from), PegsProcessor.from_pretrained(args.init_from)
+    model, processor = load_checkpoint(args.init_from)
     if not model.config.num_retrieval_tokens:
         raise ConfigError(f"{args.init_from} has no retrieval tokens")
     pack = load_pack(args.stickers)

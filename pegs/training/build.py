@@ -14,6 +14,23 @@ from transformers.image_utils import (
 
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from modeling_pegs.backbones import find_language_model, find_vision_model, load_vision
+from pegs.training.stages import reading
+
+
+def load_checkpoint(folder: str, key: str = "init_from") -> tuple[PegsModel, PegsProcessor]:
+    """
+    The model and the processor of a PEGS checkpoint.
+
+    Args:
+        folder (`str`): Folder or Hub id.
+        key (`str`, *optional*, defaults to `"init_from"`): What names it in a configuration.
+
+    Raises:
+        ConfigError: If there is none, or a broken one.
+
+    """
+    with reading(f"{key} {folder}"):
+        return PegsModel.from_pretrained(folder), PegsProcessor.from_pretrained(folder)
 
 
 def build_model(path: str, vision_from: str = "") -> PegsModel:

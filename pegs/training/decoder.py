@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from dataset_builders.stickers.openmoji import cached_pack
-from modeling_pegs import PegsModel, PegsProcessor
 from pegs.training.art import ArtCrops, Drawing, general_caption, load_art, to_rgba_tensor
+from pegs.training.build import load_checkpoint
 from pegs.training.generation import gather_drawn
-from pegs.training.loop import LoopArguments, train_loop
+from pegs.training.loop import LoopArguments, run_key, train_loop
+from pegs.training.stages import reading
 from pegs.training.text_states import encode_captions
 from pipelines.pipeline_sticker import StickerPipeline
 
@@ -77,10 +78,11 @@ def reconstruction_loss(
 def train_vae(args: DecoderVaeArguments) -> None:
     """Train the autoencoder (RGBA in, 8x smaller latents) and save it with standardised latents."""
     torch.manual_seed(args.seed)  # noqa: TID251  entry point
-    if args.init_from:
-        vae = AutoencoderKL.from_pretrained(args.init_from, dtype=torch.float32)
-    else:
-        vae = AutoencoderKL(sample_size=args.image_size, **args.vae)
+    with reading(f"init_from {args.init_from}" if args.init_from else "vae"):
+        if args.init_from:
+            vae = AutoencoderKL.from_pretrained(args.init_from, dtype=torch.float32)
+        else:
+            vae = AutoencoderKL(sample_size=args.image_size, **args.vae)
     art = load_art(cached_pack(), args.image_size)
 
     def loss_fn(model: torch.nn.Module, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -100,10 +102,16 @@ def train_vae(args: DecoderVaeArguments) -> None:
     )
     for name, size, steps, batch_size, rate in phases:
         folder = Path(args.output_dir) / name
-        if not (folder / "config.json").is_file():
-            phase = LoopArguments(str(folder), steps, batch_size, args.learning_rate * rate, seed=args.seed)
-            vae = train_loop(phase, vae, ArtCrops(art, size, steps * batch_size, args.seed), loss_fn)
+        changes = {"max_steps": steps, "batch_size": batch_size, "learning_rate": args.learning_rate * rate}
+        phase = replace(args, output_dir=str(folder), **changes)
+        crops = ArtCrops(art, size, steps * batch_size, args.seed)
+        done, key = folder / "done", run_key(phase, vae, crops[0])
+        if not done.is_file() or done.read_text("utf-8") != key:
+            if done.is_file():
+                logger.info("%s is of another run: the phase starts afresh", folder)
+            vae = train_loop(phase, vae, crops, loss_fn)
             vae.save_pretrained(folder)
+            done.write_text(key, "utf-8")
         vae = AutoencoderKL.from_pretrained(folder)
     standardise_latents(vae, art)
     vae.save_pretrained(Path(args.output_dir) / "vae")
@@ -141,12 +149,11 @@ def encode_art(vae: AutoencoderKL, art: list[Drawing]) -> torch.Tensor:
 
 
 @dataclass
-class DecoderUnetArguments(LoopArguments):
+class DenoiserArguments(LoopArguments):
     """
-    Parameters of stage `decoder_unet`.
+    What stages `decoder_unet` and `decoder_lcm` have in common.
 
     Args:
-        vae (`str`): Folder of the trained autoencoder.
         pegs (`str`): PEGS checkpoint whose feature mapper gives the other half of the conditions.
         pack_part (`float`): Share of the samples drawn from the annotated pack rather than from the other art, in `[0, 1]`.
         drop_part (`float`): Share of the samples without a condition, for classifier-free guidance.
@@ -159,14 +166,11 @@ class DecoderUnetArguments(LoopArguments):
         num_candidates (`int`): How many drawings of the saved pipeline a reply chooses from.
         condition (`str`): What the saved pipeline has them drawn from, see [`PegsPipeline.__call__`]: in the middle of a dialogue the mapper's output is the
             mean of all that might fit, and captions of what fits draw clearer.
-        snr_gamma (`float`): Min-SNR-gamma (arXiv:2303.09556), on SNR + 1: with zero terminal SNR the first step would else have no weight.
         ema_decay (`float`): Decay of the weights' moving average, which is what is saved.
-        unet (`dict`): Arguments of `diffusers.UNet2DConditionModel`.
         init_from (`str`): Folder of a trained denoiser whose weights are taken over where they fit.
 
     """
 
-    vae: str = ""
     pegs: str = ""
     pack_part: float = 0.6
     drop_part: float = 0.1
@@ -176,9 +180,7 @@ class DecoderUnetArguments(LoopArguments):
     num_inference_steps: int = 4
     num_candidates: int = 4
     condition: str = "mixed"
-    snr_gamma: float = 5.0
     ema_decay: float = 0.9995
-    unet: dict = field(default_factory=dict)
     init_from: str = ""
 
     @property
@@ -192,6 +194,23 @@ class DecoderUnetArguments(LoopArguments):
         }
 
 
+@dataclass
+class DecoderUnetArguments(DenoiserArguments):
+    """
+    Parameters of stage `decoder_unet`, beside [`DenoiserArguments`]'.
+
+    Args:
+        vae (`str`): Folder of the trained autoencoder.
+        snr_gamma (`float`): Min-SNR-gamma (arXiv:2303.09556), on SNR + 1: with zero terminal SNR the first step would else have no weight.
+        unet (`dict`): Arguments of `diffusers.UNet2DConditionModel`.
+
+    """
+
+    vae: str = ""
+    snr_gamma: float = 5.0
+    unet: dict = field(default_factory=dict)
+
+
 class ConditionedLatents(Dataset):
     """
     Latents with a condition, the states of a caption or what PEGS asks for; an index maps to one fixed random draw.
@@ -202,7 +221,7 @@ class ConditionedLatents(Dataset):
         general (`dict[int, torch.Tensor]`): Of their general captions, `(L, D)`, for those that have one.
         mapped (`list[torch.Tensor]`): What PEGS asks for where it should draw them, `(k, L, D)` each, k may be 0.
         art (`list[Drawing]`): The drawings.
-        args ([`DecoderUnetArguments`]): Shares.
+        args ([`DenoiserArguments`]): Shares.
 
     """
 
@@ -213,7 +232,7 @@ class ConditionedLatents(Dataset):
         general: dict[int, torch.Tensor],
         mapped: list[torch.Tensor],
         art: list[Drawing],
-        args: DecoderUnetArguments,
+        args: DenoiserArguments,
     ) -> None:
         self.latents, self.states, self.general, self.mapped, self.args = latents, states, general, mapped, args
         self.pack = [i for i, drawing in enumerate(art) if drawing.sticker_id]
@@ -240,7 +259,7 @@ class ConditionedLatents(Dataset):
 @torch.no_grad()
 def mapped_conditions(pegs: str, captions: list[str], openers: bool) -> list[torch.Tensor]:
     """What PEGS' feature mapper gives in all places where it should draw each caption, float16 `(k, L, D)` a caption."""
-    model, processor = PegsModel.from_pretrained(pegs), PegsProcessor.from_pretrained(pegs)
+    model, processor = load_checkpoint(pegs, "pegs")
     cache = Path(pegs) / "state" / "hidden.safetensors"  # left there by the stage that trained the mapper
     drawn = gather_drawn(model, processor, cached_pack(), cache, openers)
     embeds = torch.cat([model.feature_mapper(chunk).half() for chunk in drawn.hidden.split(256)])
@@ -250,7 +269,7 @@ def mapped_conditions(pegs: str, captions: list[str], openers: bool) -> list[tor
     return [embeds[rows.get(caption, [])] for caption in captions]
 
 
-def decoder_dataset(args: DecoderUnetArguments, vae: AutoencoderKL) -> ConditionedLatents:
+def decoder_dataset(args: DenoiserArguments, vae: AutoencoderKL) -> ConditionedLatents:
     """The training art of the denoiser as latents of `vae`, with its conditions."""
     art = [drawing for drawing in load_art(cached_pack(), vae.config.sample_size) if drawing.caption]
     mirrored = [replace(drawing, pixels=np.ascontiguousarray(drawing.pixels[:, ::-1])) for drawing in art]
@@ -268,13 +287,15 @@ def decoder_dataset(args: DecoderUnetArguments, vae: AutoencoderKL) -> Condition
 def train_unet(args: DecoderUnetArguments) -> None:
     """Train the denoiser (v-prediction) on captioned art and save a whole `StickerPipeline` folder."""
     torch.manual_seed(args.seed)  # noqa: TID251  entry point
-    vae = AutoencoderKL.from_pretrained(args.vae)
+    with reading(f"vae {args.vae}"):
+        vae = AutoencoderKL.from_pretrained(args.vae)
     dataset = decoder_dataset(args, vae)
     channels, size = vae.config.latent_channels, dataset.latents.shape[-1]
-    unet = UNet2DConditionModel(sample_size=size, in_channels=channels, out_channels=channels, **args.unet)
+    with reading("unet"):
+        unet = UNet2DConditionModel(sample_size=size, in_channels=channels, out_channels=channels, **args.unet)
     unet.set_attn_processor(AttnProcessor())  # on a CPU the backward pass of the fused kernel costs a fifth of a step
     if args.init_from:
-        take_over(unet, UNet2DConditionModel.from_pretrained(args.init_from))
+        take_over(unet, args.init_from)
     average = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing",
@@ -304,8 +325,10 @@ def train_unet(args: DecoderUnetArguments) -> None:
     pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
 
 
-def take_over(model: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Copy the weights of `other` that `model` has under the same name and in the same shape."""
+def take_over(model: torch.nn.Module, folder: str) -> None:
+    """Copy the weights of the denoiser in `folder` that `model` has under the same name and in the same shape."""
+    with reading(f"init_from {folder}"):
+        other = UNet2DConditionModel.from_pretrained(folder)
     own = model.state_dict()
     fitting = {n: value for n, value in other.state_dict().items() if n in own and value.shape == own[n].shape}
     logger.info("%d of %d tensors taken over", len(fitting), len(own))

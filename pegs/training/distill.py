@@ -9,15 +9,16 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
-from pegs.training.decoder import DecoderUnetArguments, decoder_dataset, take_over
+from pegs.training.decoder import DenoiserArguments, decoder_dataset, take_over
 from pegs.training.loop import train_loop
+from pegs.training.stages import reading
 from pipelines.pipeline_sticker import StickerPipeline
 
 
 @dataclass
-class DecoderLcmArguments(DecoderUnetArguments):
+class DecoderLcmArguments(DenoiserArguments):
     """
-    Parameters of stage `decoder_lcm`; those of the data are [`DecoderUnetArguments`]'s.
+    Parameters of stage `decoder_lcm`, beside [`DenoiserArguments`]'.
 
     Args:
         teacher (`str`): Folder of the trained [`StickerPipeline`].
@@ -109,12 +110,13 @@ def teacher_step(
 def train_lcm(args: DecoderLcmArguments) -> None:
     """Distil the teacher into a denoiser of `num_inference_steps` steps and save a whole [`StickerPipeline`] folder."""
     torch.manual_seed(args.seed)  # noqa: TID251  entry point
-    pipeline = StickerPipeline.from_pretrained(args.teacher)
+    with reading(f"teacher {args.teacher}"):
+        pipeline = StickerPipeline.from_pretrained(args.teacher)
     dataset = decoder_dataset(args, pipeline.vae)
     teacher, student = pipeline.unet.requires_grad_(False), UNet2DConditionModel.from_config(pipeline.unet.config)
     student.load_state_dict(teacher.state_dict())
     if args.init_from:
-        take_over(student, UNet2DConditionModel.from_pretrained(args.init_from))
+        take_over(student, args.init_from)
     for unet in (teacher, student):
         unet.set_attn_processor(AttnProcessor())  # see train_unet
     average = EMAModel(student.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)

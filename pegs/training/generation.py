@@ -19,6 +19,7 @@ from dataset_builders.schema import Sticker
 from dataset_builders.stickers.openmoji import cached_pack, cldr_name, list_hexcodes
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
+from pegs.training.build import load_checkpoint
 from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.dialogues import sent_stickers
 from pegs.training.language import training_dialogues
@@ -155,8 +156,7 @@ def below_the_heads(model: PegsModel) -> dict[str, torch.Tensor]:
 
 def train_generation(args: GenerationArguments) -> None:
     """Train the feature mapper by MSE to caption states (eq. 9) and save the whole checkpoint."""
-    model = PegsModel.from_pretrained(args.init_from)
-    processor = PegsProcessor.from_pretrained(args.init_from)
+    model, processor = load_checkpoint(args.init_from)
     cache = Path(args.output_dir) / "state" / "hidden.safetensors"
     drawn = gather_drawn(model, processor, cached_pack(), cache, args.openers)
     states = encode_captions(drawn.captions, model.config.prompt_length)

@@ -22,7 +22,8 @@ from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from modeling_pegs.modeling_pegs import ADAPTER_FOLDER
 from pegs.assemble import embed_pack, load_pack
-from pegs.training.build import build_model, build_processor
+from pegs.training.build import build_model, build_processor, load_checkpoint
+from pegs.training.cache import without_pictures
 from pegs.training.contrastive import Contrast, contrast, contrastive_loss
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import (
@@ -34,7 +35,9 @@ from pegs.training.dialogues import (
     session_messages,
     turn_contexts,
 )
+from pegs.training.loop import run_key
 from pegs.training.pairs import stream_pairs
+from pegs.training.stages import ConfigError, reading
 from pegs.training.targets import CaptionStates, PairTargets, StickerTargets, VisionFeatures, compute_vision
 
 
@@ -68,6 +71,8 @@ class LanguageArguments:
         text_encoder (`str`): Folder or Hub id of the Stable Diffusion pipeline whose text states the mapper learns (eq. 9); MiniLM's if empty.
         variant (`str`): What the model is trained to act as, `"ret"`, `"gen"` or `"rag"`; as before if empty.
         trainable (`list[str]`): Prefixes of the parameters to train; all others stay frozen.
+        dtype (`str`): Of the frozen language model, `"float32"`, or `"bfloat16"` with the trainer's `bf16`; all else, LoRA too, is float32.
+        attn_implementation (`str`): Of the language model, e.g. `"flash_attention_2"`; the library's choice if empty.
 
     > Parameters that control the training
 
@@ -99,6 +104,8 @@ class LanguageArguments:
     text_encoder: str = ""
     variant: str = ""
     trainable: list = field(default_factory=list)
+    dtype: str = "float32"
+    attn_implementation: str = ""
     loss_weights: dict = field(default_factory=dict)
     negatives: str = "pack"
     packed: bool = False
@@ -113,6 +120,13 @@ class LanguageArguments:
             raise ValueError(f"`data` must be captions, requests, texts or sessions, got {self.data!r}.")
         if self.negatives not in ("pack", "batch"):
             raise ValueError(f"`negatives` must be pack or batch, got {self.negatives!r}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`dtype` must be float32 or bfloat16, got {self.dtype!r}.")
+        if self.dtype == "bfloat16" and not self.trainer.get("bf16"):
+            raise ValueError("`dtype: bfloat16` is for mixed precision: `trainer` needs `bf16: true`.")
+        unknown = sorted(map(str, set(self.loss_weights) - {"lm", "retrieval", "generation"}))
+        if unknown:
+            raise ValueError(f"`loss_weights` are of lm, retrieval and generation, got {unknown[0]!r}.")
         if self.pairs and self.data not in ("captions", "requests"):
             raise ValueError(f"`pairs` are for captions or requests, not for {self.data}.")
         if self.pairs and self.data == "requests" and self.negatives == "pack":
@@ -145,23 +159,22 @@ class PegsTrainer(Trainer):
         self.parts: dict[str, list[float]] = {}
         self.counts: dict[str, torch.Tensor] = {}
         self.num_batches = 1
+        self.uncontrasted: list[dict] = []
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate for LoRA and one for all else."""
+        """The optimizer that the arguments name, with a learning rate for LoRA and one for all else."""
         trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for name, p in trained if ".lora_" in name], "lr": self.lora_learning_rate},
             {"params": [p for name, p in trained if ".lora_" not in name], "lr": self.args.learning_rate},
         ]
-        betas = (self.args.adam_beta1, self.args.adam_beta2)
-        options: dict[str, Any] = {"betas": betas, "eps": self.args.adam_epsilon}
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], weight_decay=self.args.weight_decay, **options
-        )
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+        options |= {"weight_decay": self.args.weight_decay}
+        self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """The batches of a step; what is averaged over all of them is counted, and InfoNCE's gradients are computed."""
+        """The batches of a step; what is averaged over all of them is counted."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         first_id = self.accelerator.unwrap_model(self.model).config.img_token_ids[0]
         labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
@@ -169,9 +182,15 @@ class PegsTrainer(Trainer):
         counts = self.accelerator.reduce(torch.tensor([labels, stickers], device=device), "sum")
         self.counts = {"num_items_in_batch": counts[0].clamp(min=1), "num_stickers_in_batch": counts[1].clamp(min=1)}
         self.num_batches = max(1, len(batches))
-        if self.contrasts_batch and batches:
-            self.add_contrast(batches)
+        self.uncontrasted = batches if self.contrasts_batch else []
         return batches, None
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+        """A batch forward and backward; before a step's first one, when a resumed run has its random state back, InfoNCE's gradients are computed."""
+        if self.uncontrasted:
+            self.add_contrast(self.uncontrasted)
+            self.uncontrasted = []
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def add_contrast(self, batches: list[dict]) -> None:
         """Put into each batch InfoNCE's gradients by its replies and stickers, as `contrast`."""
@@ -324,15 +343,19 @@ class PairStream(IterableDataset):
 def load_model(args: LanguageArguments) -> tuple[PegsModel, PegsProcessor]:
     """The model that a stage starts from, fresh or trained."""
     if Path(args.init_from).suffix == ".yaml":
-        model = build_model(args.init_from, args.vision_from)
-        processor = build_processor(model.config, args.chat_template)
+        with reading(f"init_from {args.init_from}"):
+            model = build_model(args.init_from, args.vision_from)
+            processor = build_processor(model.config, args.chat_template)
     else:
-        model, processor = PegsModel.from_pretrained(args.init_from), PegsProcessor.from_pretrained(args.init_from)
-    if args.variant:
-        model.config.check_variant(args.variant)
-        model.config.variant = args.variant
-    for name in ("lm", "retrieval", "generation"):
-        setattr(model.config, f"{name}_loss_weight", float(args.loss_weights.get(name, 1.0)))
+        model, processor = load_checkpoint(args.init_from)
+    with reading("variant, attn_implementation or loss_weights"):
+        if args.variant:
+            model.config.check_variant(args.variant)
+            model.config.variant = args.variant
+        if args.attn_implementation:
+            model.causal_lm.set_attn_implementation(args.attn_implementation)
+        for name in ("lm", "retrieval", "generation"):
+            setattr(model.config, f"{name}_loss_weight", float(args.loss_weights.get(name, 1.0)))
     return model, processor
 
 
@@ -340,7 +363,8 @@ def load_sessions(file: str, split: Split) -> list[Session]:
     """A split of the sessions in a file; of StickerConv-mini if it is empty."""
     if not file:
         return load_mini(split)
-    return [session for session in read_sessions(file) if session.split == split]
+    with reading("sessions"):
+        return [session for session in read_sessions(file) if session.split == split]
 
 
 def training_dialogues(sessions: str, openers: bool, pack: StickerPack | None) -> list[list[dict]]:
@@ -375,7 +399,8 @@ def make_collator(
     args: LanguageArguments, model: PegsModel, processor: PegsProcessor, pack: StickerPack | None
 ) -> DataCollatorForPegs:
     """The stage's collator; without a pack, for streamed pairs."""
-    encode = CaptionStates(args.text_encoder, model.config.prompt_length)
+    with reading(f"text_encoder {args.text_encoder}"):
+        encode = CaptionStates(args.text_encoder, model.config.prompt_length)
     targets: StickerTargets | PairTargets | None = None
     vision = None
     if pack is None:
@@ -396,10 +421,14 @@ def train_language(args: LanguageArguments) -> None:
     model, processor = load_model(args)
     freeze_except(model, args.trainable)
     keep_what_learns(model)
+    for name, parameter in model.language_model.named_parameters():
+        if not parameter.requires_grad and ".lora_" not in name:
+            parameter.data = parameter.data.to(getattr(torch, args.dtype))
     if args.packed and model.causal_lm.config._attn_implementation == "sdpa":
         model.causal_lm.set_attn_implementation("dialogues")
     pack = None if args.pairs else load_pack(args.stickers)
-    dialogues, held_out = ([], []) if pack is None else make_dialogues(args, pack)
+    with reading("sessions or stickers"):
+        dialogues, held_out = ([], []) if pack is None else make_dialogues(args, pack)
     defaults = {
         "eval_strategy": "epoch" if held_out else "no",
         "report_to": "none",
@@ -407,15 +436,18 @@ def train_language(args: LanguageArguments) -> None:
         "accelerator_config": {"dispatch_batches": False},  # batches hold pictures of all dialogues and cannot be cut
         "ddp_find_unused_parameters": True,  # a batch without a sticker has nothing for the heads
     }
-    training_args = TrainingArguments(
-        output_dir=f"{args.output_dir}/trainer",
-        remove_unused_columns=False,
-        seed=args.seed,
-        disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
-        prediction_loss_only=True,
-        **{**defaults, **args.trainer},
-    )
+    known = None if pack is None else [(s.id, s.sha256, s.caption) for s in pack.stickers]
+    key = run_key(args, model, without_pictures(dialogues), known)
+    with reading("trainer"):
+        training_args = TrainingArguments(
+            output_dir=f"{args.output_dir}/trainer",
+            remove_unused_columns=False,
+            seed=args.seed,
+            disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(),
+            prediction_loss_only=True,
+            **{**defaults, **args.trainer},
+        )
     trainer = PegsTrainer(
         model=model,
         args=training_args,
@@ -432,7 +464,7 @@ def train_language(args: LanguageArguments) -> None:
     whole = trainer.accelerator.distributed_type in unsharded
     if args.data == "sessions" and whole and trainer.is_world_process_zero():
         trainer.add_callback(sample_replies(args, processor, pack))
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint_of(key, training_args))
     # sharded weights are gathered by all processes, and written by one
     state_dict = None if whole else trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
@@ -477,6 +509,21 @@ def sample_replies(args: LanguageArguments, processor: PegsProcessor, pack: Stic
     return SampleReplies(processor, contexts, pack, vectors, Path(args.output_dir) / "replies.jsonl")
 
 
+def checkpoint_of(key: str, args: TrainingArguments) -> str | None:
+    """The newest whole checkpoint of the run `key`, see [`run_key`], or `None`; another run's folder moves aside, before its are taken for this one's."""
+    folder, file = Path(args.output_dir), Path(args.output_dir) / "run"
+    with args.main_process_first(local=False):
+        if args.process_index == 0 and (not file.is_file() or file.read_text("utf-8") != key):
+            if any(folder.glob("checkpoint-*")):
+                aside = folder.with_name(f"{folder.name}.before")
+                logger.info("%s is of another run, and moves to %s", folder, aside)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(key, "utf-8")
+        return last_whole_checkpoint(args.output_dir)
+
+
 def last_whole_checkpoint(folder: str) -> str | None:
     """The newest checkpoint in `folder` that was written to its end, or `None`; a later one that was not is removed."""
     while Path(folder).is_dir() and (last := get_last_checkpoint(folder)) is not None:
@@ -497,7 +544,7 @@ def freeze_except(model: torch.nn.Module, prefixes: list[str]) -> dict[str, int]
         `dict[str, int]`: How many parameters each prefix names.
 
     Raises:
-        ValueError: If a prefix names no parameter.
+        ConfigError: If a prefix names no parameter.
 
     """
     found = dict.fromkeys(prefixes, 0)
@@ -508,6 +555,6 @@ def freeze_except(model: torch.nn.Module, prefixes: list[str]) -> dict[str, int]
             found[prefix] += parameter.numel()
     for prefix, count in found.items():
         if not count:
-            raise ValueError(f"`trainable` {prefix!r} names no parameter.")
+            raise ConfigError(f"`trainable` {prefix!r} names no parameter.")
     logger.info("trainable parameters: %s", found)
     return found

@@ -1,12 +1,15 @@
 """A resumable training loop on accelerate, for the parts that are no language model."""
 
+import json
 import logging
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +34,7 @@ class LoopArguments:
     Args:
         output_dir (`str`): Where the result goes; `output_dir/state` holds what a resumed run needs until then.
         max_steps (`int`): Optimizer steps.
-        batch_size (`int`): Samples a step and process.
+        batch_size (`int`): Samples a step.
         learning_rate (`float`): Peak of the cosine schedule (AdamW).
         warmup_steps (`int`): Steps of linear warm-up.
         weight_decay (`float`): AdamW's decoupled weight decay.
@@ -51,6 +54,11 @@ class LoopArguments:
     save_minutes: float = 4.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse several processes: what these stages compute before is computed and kept by one."""
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this stage trains in one process, on one GPU: launch it with `--num_processes 1`.")
+
 
 def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
     """Learning-rate factor in `[0, 1]` at `step`."""
@@ -58,6 +66,16 @@ def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def run_key(args: Any, model: torch.nn.Module, *data: Any) -> str:
+    """What a run depends on: its parameters but for those of saving and telling, the weights that it starts from, and the data."""
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("output_dir", "save_minutes", "samples")
+    }
+    silent = ("logging_", "save_", "report_to")
+    settings["trainer"] = {k: v for k, v in settings.get("trainer", {}).items() if not k.startswith(silent)}
+    return digest(json.dumps(settings, sort_keys=True, default=repr), dict(model.state_dict()), data)
 
 
 def train_loop(
@@ -81,8 +99,7 @@ def train_loop(
         `torch.nn.Module`: The trained model, unwrapped.
 
     """
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "save_minutes")}
-    key = digest(settings, dict(model.state_dict()), dataset[0])
+    key = run_key(args, model, dataset[0])
     set_seed(args.seed)
     accelerator = Accelerator(mixed_precision="bf16")
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -95,24 +112,19 @@ def train_loop(
     step_file = state / "step"
     if step_file.is_file():
         saved_step, _, saved_key = step_file.read_text().partition(" ")
-        if saved_key == key:
-            accelerator.load_state(str(state / "accelerate"))
+        if saved_key == key and (state / f"step-{saved_step}").is_dir():
+            accelerator.load_state(str(state / f"step-{saved_step}"))
             first = int(saved_step)
         logger.info("resumed at step %d" if first else "starts at step %d: what was saved is of another run", first)
     for average in averages:
         average.to(accelerator.device)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    order = [
-        i
-        for i in range(first * args.batch_size * world, args.max_steps * args.batch_size * world)
-        if i % world == rank
-    ]
+    order = range(first * args.batch_size, args.max_steps * args.batch_size)
     loader = DataLoader(Subset(dataset, order), batch_size=args.batch_size)
     started = saved = time.monotonic()
     running = 0.0
     for step, batch in enumerate(loader, start=first):
         batch = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(accelerator.device), batch)
-        generator = torch.Generator(accelerator.device).manual_seed(args.seed * 1_000_003 + step * world + rank)
+        generator = torch.Generator(accelerator.device).manual_seed(args.seed * 1_000_003 + step)
         with accelerator.autocast():
             loss = loss_fn(model, batch, generator)
         accelerator.backward(loss)
@@ -129,9 +141,18 @@ def train_loop(
             logger.info(
                 "step %d/%d loss %.4f, %.2f s a step, %.0f min left", step + 1, args.max_steps, running, pace, left
             )
-        if time.monotonic() - saved > args.save_minutes * 60 and accelerator.is_main_process:
-            step_file.unlink(missing_ok=True)
-            accelerator.save_state(str(state / "accelerate"))
-            step_file.write_text(f"{step + 1} {key}")
+        if time.monotonic() - saved > args.save_minutes * 60:
+            save_state(accelerator, state, step + 1, key)
             saved = time.monotonic()
     return accelerator.unwrap_model(model)
+
+
+def save_state(accelerator: Accelerator, folder: Path, step: int, key: str) -> None:
+    """Save what the run `key` has after `step` steps; until that is whole, `folder/step` names what was saved before."""
+    new = folder / f"step-{step}"
+    accelerator.save_state(str(new))
+    (folder / "step.new").write_text(f"{step} {key}")
+    (folder / "step.new").replace(folder / "step")
+    for old in folder.glob("step-*"):
+        if old != new:
+            shutil.rmtree(old)

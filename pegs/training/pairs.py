@@ -12,6 +12,7 @@ from datasets import IterableDataset, load_dataset
 from PIL import Image
 
 from modeling_pegs.processing_pegs import StickerImageError, load_sticker
+from pegs.training.stages import ConfigError, reading
 
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,12 @@ def read_pair(row: dict[str, Any]) -> tuple[Image.Image, str] | None:
         `tuple[PIL.Image.Image, str]` or `None`: `None` if the row has no caption, or a picture that cannot be read.
 
     Raises:
-        ValueError: If the row has no column of a known name.
+        ConfigError: If the row has no column of a known name.
 
     """
     fields = {**row, **(row.get("json") or {})}
     if not all(any(name in fields for name in names) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)):
-        raise ValueError(
+        raise ConfigError(
             f"A pair needs a picture ({', '.join(IMAGE_COLUMNS)}) and a caption ({', '.join(CAPTION_COLUMNS)}), got {', '.join(sorted(fields))}."
         )
     picture = next((fields[name] for name in IMAGE_COLUMNS if fields.get(name) is not None), None)
@@ -70,14 +71,15 @@ def stream_pairs(files: list[str], seed: int) -> Iterator[tuple[Image.Image, str
         `tuple[PIL.Image.Image, str]`: A picture and its caption.
 
     Raises:
-        ValueError: If the files are neither tars nor parquet, or no pair in them can be read.
+        ConfigError: If the files are neither tars nor parquet, or no pair in them can be read.
 
     """
     suffixes = {Path(name).suffix for name in files}
     kinds = {".tar": "webdataset", ".parquet": "parquet"}
     if len(suffixes) != 1 or not suffixes <= set(kinds):
-        raise ValueError(f"`pairs` must be .tar or .parquet files, all of one kind, got {', '.join(files)}.")
-    rows: IterableDataset = load_dataset(kinds[suffixes.pop()], data_files=files, split="train", streaming=True)
+        raise ConfigError(f"`pairs` must be .tar or .parquet files, all of one kind, got {', '.join(files)}.")
+    with reading("pairs"):
+        rows: IterableDataset = load_dataset(kinds[suffixes.pop()], data_files=files, split="train", streaming=True)
     for name in set(rows.column_names or ()) & set(IMAGE_COLUMNS):
         rows = rows.cast_column(name, ImageColumn(decode=False))
     epoch = 0
@@ -89,5 +91,5 @@ def stream_pairs(files: list[str], seed: int) -> Iterator[tuple[Image.Image, str
                 count += 1
                 yield pair
         if not count:
-            raise ValueError(f"No pair could be read from {', '.join(files)}.")
+            raise ConfigError(f"No pair could be read from {', '.join(files)}.")
         epoch += 1

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from agent_generation.llm import Request
@@ -24,11 +23,14 @@ from pegs.adapters import EMBEDDED, load_language_model, save_adapter
 from pegs.agent_tools import load_toolbox
 from pegs.evaluation.baselines import baseline_chat
 from pegs.training.agent_examples import Replay
-from pegs.training.language import LogLine
+from pegs.training.language import LogLine, checkpoint_of
+from pegs.training.loop import run_key
+from pegs.training.stages import ConfigError, reading
 
 
 logger = logging.getLogger(__name__)
 
+FORMS = ("FreeIntention", "DueIntention", "Query", "Choice", "StickerReview", "DialogueReview")
 # SmolLM2's chat template, with marks around what an assistant says; TRL has those of other families
 SMOLLM2_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
@@ -64,6 +66,16 @@ class SftArguments:
     seed: int = 0
     trainer: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Check what the types do not say."""
+        if self.data not in ("text", "tool", "agents"):
+            raise ValueError(f"`data` must be text, tool or agents, got {self.data!r}.")
+        if not isinstance(self.trainer.get("max_length"), int):
+            raise ValueError("`trainer` needs a `max_length` in tokens.")
+        unknown = sorted(map(str, set(self.shares) - set(FORMS)))
+        if unknown:
+            raise ValueError(f"`shares` are of {', '.join(FORMS)}, got {unknown[0]!r}.")
+
 
 class AnswerTrainer(SFTTrainer):
     """TRL's trainer, with logits only where there is something to learn: a tenth of the tokens, of a vocabulary that costs more than the layers."""
@@ -72,11 +84,14 @@ class AnswerTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Cross-entropy of the answers; padding is at the end, where causal attention needs no mask to leave it out, and is faster without."""
-        language_model = self.accelerator.unwrap_model(model).get_base_model()
-        hidden = language_model.model(inputs["input_ids"]).last_hidden_state
         labels = inputs["labels"][:, 1:]
         learned = labels != -100
-        logits = language_model.lm_head(hidden[:, :-1][learned])
+        head = self.accelerator.unwrap_model(model).get_base_model().get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, states: (states[0][:, :-1][learned],))
+        try:  # by the wrapper's own forward, which on several GPUs averages the gradients
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        finally:
+            hook.remove()
         loss = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum")
         if num_items_in_batch is None:
             loss = loss / learned.sum()
@@ -109,8 +124,6 @@ def make_chats(args: SftArguments) -> list[list[dict]]:
     if args.data == "agents":
         toolbox, _ = load_toolbox("openmoji", TextEncoder())
         return [chat for session in sessions for chat in agent_chats(session, toolbox, args.shares, args.seed)]
-    if args.data not in ("text", "tool"):
-        raise ValueError(f"`data` must be text, tool or agents, got {args.data!r}.")
     return [baseline_chat(session, pack, with_tool=args.data == "tool") for session in sessions]
 
 
@@ -118,9 +131,10 @@ def train_sft(args: SftArguments) -> None:
     """Train an adapter on what the assistant says in chats, and save it in half precision."""
     set_seed(args.seed)
     merged = [Path(args.init_from) / "adapter"] if args.init_from else []
-    model, tokenizer = load_language_model(args.language_model, merged)
-    if args.language_model["hub_id"] == EMBEDDED["hub_id"]:
-        tokenizer.chat_template = SMOLLM2_TEMPLATE
+    with reading("language_model or init_from"):
+        model, tokenizer = load_language_model(args.language_model, merged)
+        if args.language_model["hub_id"] == EMBEDDED["hub_id"]:
+            tokenizer.chat_template = SMOLLM2_TEMPLATE
     chats = make_chats(args)
     lengths = [len(tokenizer.apply_chat_template(chat, return_dict=False)) for chat in chats]
     short = [chat for chat, length in zip(chats, lengths, strict=True) if length <= args.trainer["max_length"]]
@@ -130,25 +144,29 @@ def train_sft(args: SftArguments) -> None:
         len(chats),
         sum(n for n in lengths if n <= args.trainer["max_length"]),
     )
-    config = SFTConfig(
-        output_dir=f"{args.output_dir}/trainer",
-        assistant_only_loss=True,
-        report_to="none",
-        seed=args.seed,
-        disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
-        lr_scheduler_type="cosine",
-        **args.trainer,
-    )
+    key = run_key(args, model, short)
+    defaults = {"assistant_only_loss": True, "report_to": "none", "lr_scheduler_type": "cosine"}
+    with reading("trainer"):
+        config = SFTConfig(
+            output_dir=f"{args.output_dir}/trainer",
+            seed=args.seed,
+            disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(),
+            **{**defaults, **args.trainer},
+        )
+    if config.n_gpu > 1:
+        raise ConfigError("several GPUs take a process each: start it by `accelerate launch`")
+    with reading("lora"):
+        lora = LoraConfig(task_type="CAUSAL_LM", **args.lora)
     trainer = AnswerTrainer(
         model=model,
         args=config,
         train_dataset=Dataset.from_list([{"messages": chat} for chat in short]),
         processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **args.lora),
+        peft_config=lora,
         callbacks=[LogLine()],
     )
-    folder = f"{args.output_dir}/trainer"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
+    trainer.train(resume_from_checkpoint=checkpoint_of(key, config))
     assert isinstance(trainer.model, PeftModel)
-    save_adapter(trainer.model, Path(args.output_dir), args.language_model["hub_id"], merged)
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.model, Path(args.output_dir), args.language_model["hub_id"], merged)

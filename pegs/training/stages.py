@@ -1,14 +1,17 @@
 """The training stages by name, and how a configuration file and `--key value` pairs become a stage's arguments."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+
+from pegs.errors import InputError
 
 
 def _decoder_vae(values: dict[str, Any]) -> None:
@@ -83,8 +86,30 @@ STAGES: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that names what is wrong and where."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """
+    A context in which something is read that a configuration names.
+
+    Args:
+        what (`str`): The key, and what it says.
+
+    Raises:
+        ConfigError: If that cannot be read, or is not as expected.
+
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        plain = isinstance(error, OSError | ValueError | yaml.YAMLError)
+        told = " ".join(str(error if plain else f"{type(error).__name__}: {error}").split())
+        raise ConfigError(f"{what}: {told}") from error
 
 
 def build_arguments(kind: type, values: dict[str, Any]) -> Any:
@@ -129,18 +154,22 @@ def load_config(path: str, overrides: list[str]) -> dict[str, Any]:
     Read a stage's YAML file and lay `--key value` pairs over it.
 
     Raises:
-        ConfigError: If the file is missing or no mapping, or a pair is incomplete.
+        ConfigError: If the file is missing or no mapping, or a pair is incomplete or no YAML.
 
     """
     if not Path(path).is_file():
         raise ConfigError("no such file")
-    values = yaml.safe_load(Path(path).read_text("utf-8"))
-    if not isinstance(values, dict) or values.get("stage") not in STAGES:
-        raise ConfigError(f"needs `stage:`, one of {', '.join(STAGES)}")
+    with reading("no YAML"):
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    if not isinstance(values, dict):
+        values = {}
     if len(overrides) % 2 or any(not key.startswith("--") for key in overrides[::2]):
         raise ConfigError("overrides must be pairs `--key value`")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        values[key[2:]] = yaml.safe_load(value)
+        with reading(f"{key} is no YAML"):
+            values[key[2:]] = yaml.safe_load(value)
+    if str(values.get("stage")) not in STAGES:
+        raise ConfigError(f"needs `stage:`, one of {', '.join(STAGES)}")
     return values
 
 
@@ -155,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         values = load_config(known.config, overrides)
         STAGES[values.pop("stage")](values)
-    except ConfigError as error:
+    except InputError as error:
         print(f"train.py: {known.config}: {error}", file=sys.stderr)  # noqa: T201
         return 2
     return 0

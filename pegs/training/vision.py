@@ -17,6 +17,7 @@ from modeling_pegs.retrieval_head import info_nce_loss
 from pegs.training.art import Drawing, load_art, to_rgba_tensor
 from pegs.training.build import build_model, build_processor
 from pegs.training.loop import LoopArguments, train_loop
+from pegs.training.stages import reading
 from pegs.training.text_states import embed_sentences
 
 
@@ -124,7 +125,9 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def train_vision(args: VisionArguments) -> None:
     """Train the vision tower of a fresh model and save the model with its processor."""
     torch.manual_seed(args.seed)  # noqa: TID251  entry point
-    pegs = build_model(args.model)
+    with reading(f"model {args.model} or chat_template {args.chat_template}"):
+        pegs = build_model(args.model)
+        processor = build_processor(pegs.config, args.chat_template)
     art = [d for d in load_art(openmoji.cached_pack(), pegs.config.vision_config.image_size) if d.caption]
 
     def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
@@ -136,4 +139,4 @@ def train_vision(args: VisionArguments) -> None:
 
     train_loop(args, VisionAligner(pegs), PictureTexts(art, args), loss_fn)
     pegs.save_pretrained(args.output_dir)
-    build_processor(pegs.config, args.chat_template).save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)

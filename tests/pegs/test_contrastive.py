@@ -71,9 +71,7 @@ def gradients(folder, batch_size: int, rank: int = 0, world: int = 1, packed: bo
     for number, sample in enumerate(samples):
         if world > 1:
             wrapped.require_backward_grad_sync = number == len(samples) - 1
-        step = trainer.compute_loss(wrapped, sample)
-        step.backward()
-        loss += step.item() / world
+        loss += trainer.training_step(wrapped, sample).item() / world
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return loss, grads
 

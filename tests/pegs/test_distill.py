@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
-from pegs.training.distill import consistency, noise_levels, teacher_step
+from pegs.training.distill import DecoderLcmArguments, consistency, noise_levels, teacher_step
+from pegs.training.stages import ConfigError, build_arguments
 from tests.fixtures import tiny
 
 
@@ -21,6 +22,13 @@ def inputs():
     generator = torch.Generator().manual_seed(0)
     noisy = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
     return unet, noisy, torch.randn(2, 5, width, generator=generator)
+
+
+def test_what_only_the_teachers_training_reads_is_unknown():
+    values = {"output_dir": "x", "max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}
+    for key in ("vae", "unet", "snr_gamma"):
+        with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
+            build_arguments(DecoderLcmArguments, {**values, key: ""})
 
 
 def test_steps_are_those_that_the_scheduler_draws_with(levels):

@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from pegs.training.data_collator import DataCollatorForPegs
-from pegs.training.language import last_whole_checkpoint
+from pegs.training.language import PegsTrainer, last_whole_checkpoint
+from pegs.training.stages import main
 from pegs.training.targets import VisionFeatures
 from tests.fixtures import tiny
 from tests.pegs.test_stage_configs import make_pack, make_session
@@ -114,25 +115,66 @@ def test_a_checkpoint_that_was_cut_is_not_resumed(tmp_path):
     assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
 
 
+def stage(folder: Path, sessions: int, **changes) -> list[str]:
+    """The arguments of `train.py` for a joint stage at tiny sizes, from a start in `folder`."""
+    start = tiny.make_tiny_model(lora={"r": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]})
+    start.save_pretrained(folder / "start")
+    tiny.make_tiny_processor(start.config).save_pretrained(folder / "start")
+    make_pack().save(folder / "pack")
+    made = [make_session(number, "train") for number in range(sessions)] + [make_session(0, "validation")]
+    (folder / "sessions.jsonl").write_text("\n".join(session.model_dump_json() for session in made))
+    values = {
+        "stage": "joint",
+        "data": "sessions",
+        "init_from": str(folder / "start"),
+        "stickers": str(folder / "pack"),
+    }
+    values |= {"trainable": ["lora", "added_vocabulary", "qformer", "retrieval_head"], "negatives": "batch"}
+    values |= {"sessions": str(folder / "sessions.jsonl"), "packed": True, "loss_weights": {"generation": 0.0}}
+    (folder / "joint.yaml").write_text(yaml.safe_dump({**values, **changes}))
+    return ["--config", str(folder / "joint.yaml"), "--output_dir"]
+
+
+def test_a_run_goes_on_with_its_own_checkpoints_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("pegs.training.targets.HF_HOME", str(tmp_path))
+    caplog.set_level("INFO")
+    trainer = {"max_steps": 1, "save_steps": 1, "bf16": True, "eval_strategy": "steps", "optim": "sgd"}
+    command = stage(tmp_path, 2, trainer=trainer, dtype="bfloat16", attn_implementation="eager", packed=False)
+    made = []
+
+    class Spy(PegsTrainer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            made.append(self)
+
+    monkeypatch.setattr("pegs.training.language.PegsTrainer", Spy)
+    results = {}
+    for name, changes in {"a": [], "again": [], "b": ["--lora_learning_rate", "0.5"]}.items():
+        assert main([*command, str(tmp_path / "out"), "--samples", "1", *changes]) == 0
+        results[name] = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name, value in results["a"].items() if not torch.equal(value, results["b"][name])}
+    assert changed and all(".lora_" in name for name in changed)
+    assert all(torch.equal(value, results["again"][name]) for name, value in results["a"].items())
+    assert sum("is of another run, and moves to" in message for message in caplog.messages) == 1
+    model = made[0].model
+    dtypes = {parameter.requires_grad: set() for parameter in model.parameters()}
+    for parameter in model.parameters():
+        dtypes[parameter.requires_grad].add(parameter.dtype)
+    assert dtypes[True] == {torch.float32} and torch.bfloat16 in dtypes[False]
+    assert {p.dtype for n, p in model.language_model.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
+    assert model.causal_lm.config._attn_implementation == "eager"
+    assert isinstance(made[0].optimizer.optimizer, torch.optim.SGD)
+    assert (tmp_path / "out" / "replies.jsonl").is_file()
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
-    start = tiny.make_tiny_model(lora={"r": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]})
-    start.save_pretrained(tmp_path / "start")
-    tiny.make_tiny_processor(start.config).save_pretrained(tmp_path / "start")
-    make_pack().save(tmp_path / "pack")
-    sessions = [make_session(number, "train") for number in range(6)] + [make_session(6, "validation")]
-    (tmp_path / "sessions.jsonl").write_text("\n".join(session.model_dump_json() for session in sessions))
     trainer = {"max_steps": 20, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
-    trainer |= {"save_steps": 2, "save_total_limit": 2, "gradient_accumulation_steps": 2, "eval_strategy": "no"}
-    values = {"stage": "joint", "data": "sessions", "init_from": str(tmp_path / "start"), "trainer": trainer}
-    values |= {"stickers": str(tmp_path / "pack"), "sessions": str(tmp_path / "sessions.jsonl"), "packed": True}
-    values |= {"trainable": ["lora", "added_vocabulary", "qformer", "retrieval_head"], "negatives": "batch"}
-    values |= {"loss_weights": {"generation": 0.0}}
-    (tmp_path / "joint.yaml").write_text(yaml.safe_dump(values))
+    trainer |= {"save_steps": 3, "save_total_limit": 2, "gradient_accumulation_steps": 2, "eval_strategy": "no"}
+    config = stage(tmp_path, 26, trainer=trainer)  # seven steps an epoch, none of which ends where something is saved
 
     def command(name: str) -> list[str]:
-        config = ["--config", str(tmp_path / "joint.yaml"), "--output_dir", str(tmp_path / name)]
-        return [sys.executable, str(ROOT / "train.py"), *config]
+        return [sys.executable, str(ROOT / "train.py"), *config, str(tmp_path / name)]
 
     subprocess.run(command("whole"), check=True, capture_output=True, cwd=ROOT)
     process = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dataset_builders.stickerconv.sessions import load_mini
@@ -69,6 +70,48 @@ def test_an_adapter_is_trained_saved_and_found_again(data, tmp_path, tiny_model,
         load_language_model(EMBEDDED, [tmp_path / "out", tmp_path / "out"])
     changed = {name for name, tensor in adapted.state_dict().items() if not tensor.equal(plain.state_dict()[name])}
     assert changed and all("proj" in name for name in changed)
+
+
+def test_another_run_starts_afresh_and_a_checkpoint_that_was_cut_is_no_hindrance(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(sft, "load_mini", lambda split: load_mini(split)[:4])
+    trainer = {
+        "max_length": 512,
+        "max_steps": 2,
+        "save_steps": 1,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 1,
+    }
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    checkpoints, weights = tmp_path / "out" / "trainer", []
+    for rate in (1e-2, 1e-2, 1e-3):
+        settings = {**trainer, "learning_rate": rate}
+        sft.train_sft(sft.SftArguments("text", str(tmp_path / "out"), lora=lora, trainer=settings))
+        weights.append(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+        (checkpoints / "checkpoint-2" / "trainer_state.json").write_text("{")
+    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
+    assert not all(tensor.equal(weights[2][name]) for name, tensor in weights[0].items())
+
+
+def test_the_loss_of_answers_goes_through_the_wrapped_models_forward(tmp_path, tiny_model, tokenizer):
+    model, _ = load_language_model(EMBEDDED)
+    tokenizer.chat_template = sft.SMOLLM2_TEMPLATE
+    chats = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}] for said in ("Yes?", "What is it?")
+    ]
+    trainer = sft.AnswerTrainer(
+        model=model,
+        args=sft.SFTConfig(str(tmp_path), assistant_only_loss=True, use_cpu=True, report_to="none", bf16=False),
+        train_dataset=sft.Dataset.from_list([{"messages": chat} for chat in chats]),
+        processing_class=tokenizer,
+        peft_config=sft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    wrapped = torch.nn.DataParallel(trainer.model)
+    went = []
+    wrapped.register_forward_hook(lambda *_: went.append(1))
+    loss = trainer.compute_loss(wrapped, batch)
+    assert went == [1]
+    torch.testing.assert_close(loss, trainer.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss)
 
 
 def test_the_shipped_agents_adapter_changes_what_the_model_says(tokenizer):

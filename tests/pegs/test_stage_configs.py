@@ -220,6 +220,9 @@ def test_accelerate_reads_its_configurations(name, kind):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"data": "songs"}, "must be captions, requests, texts or sessions, got 'songs'"),
+    ({"loss_weights": {"retreival": 0.5}}, "`loss_weights` are of lm, retrieval and generation, got 'retreival'"),
+    ({"dtype": "half"}, "must be float32 or bfloat16, got 'half'"),
+    ({"dtype": "bfloat16"}, "`trainer` needs `bf16: true`"),
     ({"negatives": "none"}, "must be pack or batch, got 'none'"),
     ({"data": "texts", "pairs": ["a.tar"]}, "are for captions or requests, not for texts"),
     ({"data": "requests", "pairs": ["a.tar"]}, "`negatives` must be batch"),

@@ -1,22 +1,29 @@
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.openmoji import cached_pack
+from pegs.training import decoder
 from pegs.training.art import Drawing, general_caption
 from pegs.training.cache import digest, kept
 from pegs.training.decoder import ConditionedLatents, DecoderUnetArguments, DecoderVaeArguments, reconstruction_loss
 from pegs.training.loop import LoopArguments, cosine_with_warmup, train_loop
-from pegs.training.stages import STAGES, ConfigError, build_arguments, load_config
+from pegs.training.stages import STAGES, ConfigError, build_arguments, load_config, main
 from tests.fixtures import tiny
+from tests.pegs.test_stage_configs import make_pack
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +42,10 @@ def test_shipped_configurations_are_complete(path):
     ("stage: dance", [], "needs `stage:`, one of decoder_vae"),
     ("stage: decoder_vae", ["--seed"], "pairs `--key value`"),
     ("stage: decoder_vae", ["seed", "1"], "pairs `--key value`"),
+    ("stage: decoder_vae", ["--stage", "dance"], "needs `stage:`, one of decoder_vae"),
+    ("stage: decoder_vae", ["--stage", "[align]"], "needs `stage:`"),
+    ("stage: [decoder_vae", [], "no YAML: while parsing"),
+    ("stage: decoder_vae", ["--seed", "[1"], "--seed is no YAML: while parsing"),
 ])  # fmt: skip
 def test_bad_configurations_are_named(tmp_path, text, overrides, message):
     (tmp_path / "c.yaml").write_text(text)
@@ -54,6 +65,54 @@ def test_bad_arguments_are_named(changes, message):
         build_arguments(DecoderVaeArguments, values)
     with pytest.raises(ConfigError, match="missing key 'max_steps'"):
         build_arguments(DecoderVaeArguments, {"output_dir": "x"})
+
+
+LANGUAGE = {
+    "stage": "joint",
+    "data": "sessions",
+    "output_dir": "out",
+    "init_from": "tiny",
+    "trainable": ["qformer"],
+    "stickers": "pack",
+    "sessions": "none.jsonl",
+}
+SFT = {"stage": "baseline_text", "data": "text", "output_dir": "out", "trainer": {"max_length": 8}}
+LOOP = {"output_dir": "out", "max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({**LANGUAGE, "init_from": "nowhere/there/is"}, "init_from nowhere/there/is: "),
+    ({**LANGUAGE, "init_from": "no.yaml"}, "init_from no.yaml: .*No such file"),
+    ({**LANGUAGE, "variant": "all"}, "variant, .*ret"),
+    ({**LANGUAGE, "attn_implementation": "none_such"}, "attn_implementation .*none_such"),
+    ({**LANGUAGE, "sessions": ""}, "sessions or stickers: KeyError"),
+    ({**LANGUAGE, "text_encoder": "nowhere/there/is"}, "text_encoder nowhere/there/is: "),
+    ({**LANGUAGE, "trainable": ["tail"]}, "`trainable` 'tail' names no parameter"),
+    ({**LANGUAGE, "data": "captions", "pairs": ["no.tar"], "trainer": {"max_steps": 1}}, "pairs: .*no.tar"),
+    ({**LANGUAGE, "stickers": "nowhere/there/is"}, "nowhere/there/is"),
+    ({**LANGUAGE, "sessions": "no.jsonl"}, "sessions: .*no.jsonl"),
+    ({**LANGUAGE, "sessions": "c.yaml"}, "c.yaml:1: not JSON"),
+    ({**LANGUAGE, "data": "texts", "trainer": {"speed": 1}}, "trainer: .*'speed'"),
+    ({**SFT, "init_from": "nowhere"}, "init_from: .*nowhere"),
+    ({**SFT, "trainer": {}}, "`trainer` needs a `max_length`"),
+    ({**SFT, "shares": {"Queries": 1.0}}, "`shares` are of FreeIntention, .*, got 'Queries'"),
+    ({**LOOP, "stage": "vision", "model": "no.yaml"}, "model no.yaml .*: .*No such file"),
+    ({**LOOP, "stage": "decoder_unet", "vae": "nowhere/there/is"}, "vae nowhere/there/is: "),
+    ({**LOOP, "stage": "decoder_lcm", "teacher": "nowhere/there/is"}, "teacher nowhere/there/is: "),
+    ({**LOOP, "stage": "align", "init_from": "nowhere/there/is"}, "init_from nowhere/there/is: "),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, values, message):
+    monkeypatch.chdir(tmp_path)
+    if values.get("init_from") == "tiny":
+        model = tiny.make_tiny_model()
+        model.save_pretrained("tiny")
+        tiny.make_tiny_processor(model.config).save_pretrained("tiny")
+        make_pack().save("pack")
+    Path("none.jsonl").touch()
+    Path("c.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", "c.yaml"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert len(told) == 1 and re.search(f"c.yaml: .*{message}", told[0]), told
 
 
 def test_train_py_exits_2_with_one_line(tmp_path):
@@ -107,6 +166,56 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path):
     resumed = run(tmp_path / "two").state_dict()
     for name, value in undisturbed.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_run_that_is_killed_while_it_saves_goes_on_from_what_it_saved_before(tmp_path, monkeypatch):
+    undisturbed = run(tmp_path / "one").state_dict()
+    save_state = Accelerator.save_state
+
+    def cut(self, folder):
+        save_state(self, folder)
+        if folder.endswith("7"):
+            next(Path(folder).glob("*.safetensors")).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Accelerator, "save_state", cut)
+        run(tmp_path / "two")
+    assert (tmp_path / "two" / "state" / "step").read_text().split()[0] == "6"
+    resumed = run(tmp_path / "two").state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+    assert {path.name for path in (tmp_path / "two" / "state").iterdir()} == {"step", "step-12"}
+
+
+def test_loops_refuse_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="trains in one process"):
+        build_arguments(DecoderVaeArguments, dict(LOOP))
+
+
+def test_phases_of_the_autoencoder_have_its_options_and_go_on_with_their_own_run_alone(tmp_path, monkeypatch):
+    drawing = Drawing("0", "0", np.full((16, 16, 4), 255, np.uint8), None)
+    monkeypatch.setattr(decoder, "load_art", lambda pack, size: [drawing])
+    phases, cut = [], True
+
+    def spy(args, model, dataset, loss_fn):
+        if cut and args.output_dir.endswith("whole"):
+            raise KeyboardInterrupt
+        phases.append((Path(args.output_dir).name, args))
+        return train_loop(args, model, dataset, loss_fn)
+
+    monkeypatch.setattr(decoder, "train_loop", spy)
+    vae = {"in_channels": 4, "out_channels": 4, "block_out_channels": [8], "norm_num_groups": 4}
+    values = {**LOOP, "output_dir": str(tmp_path), "max_steps": 2, "full_size_part": 0.5, "image_size": 16}
+    args = DecoderVaeArguments(**values, crop_size=8, vae=vae, warmup_steps=3, weight_decay=0.5)
+    for changes in ({}, {}, {"edge_weight": 0.0}):
+        with pytest.raises(KeyboardInterrupt):
+            decoder.train_vae(replace(args, **changes))
+    cut = False
+    decoder.train_vae(replace(args, edge_weight=0.0))
+    assert [name for name, _ in phases] == ["crops", "crops", "whole"]  # the second time it was there
+    assert all((phase.warmup_steps, phase.weight_decay) == (3, 0.5) for _, phase in phases)
+    AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
 def test_what_another_run_has_left_is_not_resumed(tmp_path, caplog):
