@@ -6,11 +6,12 @@ from http.client import HTTPException
 from typing import Any
 from urllib.request import Request, urlopen
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
 
 MAX_IMAGE_PIXELS = 64_000_000
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's decoders of others may start programs (EPS: Ghostscript)
 PROCESSOR_ARGUMENTS = (
     "padding",
     "padding_side",
@@ -37,7 +38,7 @@ def load_sticker(source: str | os.PathLike | bytes | Image.Image) -> Image.Image
         `PIL.Image.Image`: RGB.
 
     Raises:
-        StickerImageError: If the file is missing, no image, cut short, or larger than 64 megapixels.
+        StickerImageError: If the file is missing, no PNG, JPEG, WebP or GIF, cut short, or larger than 64 megapixels.
 
     """
     name = "the picture" if isinstance(source, bytes | Image.Image) else str(source)
@@ -45,13 +46,15 @@ def load_sticker(source: str | os.PathLike | bytes | Image.Image) -> Image.Image
         image = (
             source
             if isinstance(source, Image.Image)
-            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
         )
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise StickerImageError(f"{name}: {image.width}x{image.height} pixels are more than {MAX_IMAGE_PIXELS:,}.")
         image = ImageOps.exif_transpose(image).convert("RGBA")
     except FileNotFoundError:
         raise StickerImageError(f"{name}: no such file.") from None
+    except UnidentifiedImageError:
+        raise StickerImageError(f"{name}: not a readable image (expected PNG, JPEG, WebP or GIF).") from None
     except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         if isinstance(error, StickerImageError):
             raise
@@ -118,7 +121,7 @@ class PegsProcessor(ProcessorMixin):
         max_length = kwargs.pop("max_length", None)
         truncation = kwargs.pop("truncation", False)
         sequences = self.tokenizer([item.replace(self.image_token, expanded) for item in texts], **kwargs)["input_ids"]
-        if truncation:
+        if truncation and truncation != "do_not_truncate":
             sequences, flat = self._truncate(sequences, flat, max_length or self.tokenizer.model_max_length)
         data = dict(
             self.tokenizer.pad({"input_ids": sequences}, max_length=max_length, **{"padding": False, **padding})

@@ -1,6 +1,8 @@
 """The commands `pegs stickers`: one function a verb, no logic."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -31,6 +33,19 @@ PriceOutOption = Annotated[float, typer.Option(help="US dollars for a million an
 LanguageOption = Annotated[Literal["en", "zh"], typer.Option(help="Language of the prompts and texts.")]
 
 
+@contextmanager
+def pack_errors() -> Iterator[None]:
+    """Turn what is wrong with a pack, or with its pictures, and a package that is missing into one line."""
+    from dataset_builders.stickers.pack import PackError
+
+    try:
+        yield
+    except (FileNotFoundError, PackError) as error:
+        raise InputError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed: pip install 'stickerconv[chat,stickers]'.") from error
+
+
 def open_pack(folder: Path) -> "StickerPack":
     """The pack in a folder.
 
@@ -38,12 +53,10 @@ def open_pack(folder: Path) -> "StickerPack":
         InputError: If there is none, or a broken one.
 
     """
-    from dataset_builders.stickers.pack import PackError, StickerPack
+    from dataset_builders.stickers.pack import StickerPack
 
-    try:
+    with pack_errors():
         return StickerPack.load(folder)
-    except (FileNotFoundError, PackError) as error:
-        raise InputError(str(error)) from error
 
 
 def check_folder(out: Path) -> None:
@@ -97,7 +110,7 @@ def stickers_build(
 
     check_folder(out)
     given = {"name": name, "licence": licence, "attribution": attribution}
-    with Console(stderr=True).status("building") as status:
+    with pack_errors(), Console(stderr=True).status("building") as status:
         try:
             result = build_from_source(
                 source,
@@ -136,8 +149,11 @@ def stickers_filter(
     """Keep the stickers that a vision-language model finds fit for casual chat, three times of five at least."""
     from pegs.sticker_tools import Endpoint, Prices, filter_pack
 
+    check_folder(out)
     endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language)
-    report(filter_pack(open_pack(pack), endpoint, out), as_json, ("stickers", "refused", "ties", "unknown_answers"))
+    with pack_errors():
+        result = filter_pack(open_pack(pack), endpoint, out)
+    report(result, as_json, ("stickers", "refused", "ties", "unknown_answers"))
 
 
 @stickers_app.command(
@@ -169,14 +185,17 @@ def stickers_annotate(
 
     if llm and not model:
         raise InputError("--model is needed with --llm.")
-    opened = open_pack(pack)
-    if llm:
-        endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language)
-        result = annotate_pack(opened, endpoint, out or pack, again)
-    else:
-        from pegs.assemble import DEFAULT_MODEL, load_pack
+    out = out or pack
+    check_folder(out)
+    with pack_errors():
+        opened = open_pack(pack)
+        if llm:
+            endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language)
+            result = annotate_pack(opened, endpoint, out, again)
+        else:
+            from pegs.assemble import DEFAULT_MODEL, load_pack
 
-        result = annotate_pack_locally(opened, load_pack("openmoji"), model or str(DEFAULT_MODEL), out or pack, again)
+            result = annotate_pack_locally(opened, load_pack("openmoji"), model or str(DEFAULT_MODEL), out, again)
     report(result, as_json, ("annotated",))
 
 
@@ -256,7 +275,7 @@ def stickers_export(
 
     check_folder(out)
     export = export_telegram if to == "telegram" else export_whatsapp
-    with Console(stderr=True).status("encoding") as status:
+    with pack_errors(), Console(stderr=True).status("encoding") as status:
         try:
             done = export(open_pack(pack), out, i_have_rights, lambda n: status.update(f"{n} stickers"))
         except LicenceError as error:
@@ -295,12 +314,13 @@ def stickers_show(
     from dataset_builders.stickers.sheet import contact_sheet
     from pegs.assemble import load_pack
 
-    pack = load_pack(stickers)
-    chosen = [sticker for sticker in pack.stickers if emotion in ("", sticker.emotion)]
-    if not chosen:
-        raise InputError(f"--emotion {emotion}: the pack has no such stickers.")
-    labels = [sticker.id for sticker in chosen]
-    sheet = contact_sheet([pack.image(i) for i in labels], labels, footer=pack.info.attribution)
+    with pack_errors():
+        pack = load_pack(stickers)
+        chosen = [sticker for sticker in pack.stickers if emotion in ("", sticker.emotion)]
+        if not chosen:
+            raise InputError(f"--emotion {emotion}: the pack has no such stickers.")
+        labels = [sticker.id for sticker in chosen]
+        sheet = contact_sheet([pack.image(i) for i in labels], labels, footer=pack.info.attribution)
     try:
         sheet.save(out)
     except (OSError, ValueError) as error:

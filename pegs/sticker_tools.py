@@ -146,18 +146,29 @@ def annotate_pack_locally(pack: StickerPack, reference: StickerPack, model_name:
     Returns:
         `dict`: `annotated`.
 
+    Raises:
+        InputError: If the model cannot be read.
+
     """
-    from transformers import AutoProcessor
+    from safetensors import SafetensorError
+    from transformers import AutoModel, AutoProcessor
 
     from modeling_pegs import PegsModel
-    from pegs.assemble import embed_pictures
+    from pegs.assemble import embed_pictures, resolve_checkpoint
     from pegs.training.text_states import embed_sentences
 
     wanted = [sticker for sticker in pack.stickers if again or not sticker.emotion or not sticker.description]
     if not wanted:
         pack.save(out)
         return {"pack": str(out), "annotated": 0, "failed": {}}
-    model, processor = PegsModel.from_pretrained(model_name).eval(), AutoProcessor.from_pretrained(model_name)
+    folder = resolve_checkpoint(model_name)
+    try:
+        model = AutoModel.from_pretrained(folder, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"--model {model_name}: {' '.join(str(error).split())}") from error
+    if not isinstance(model, PegsModel):
+        raise InputError(f"--model {model_name}: holds a {type(model).__name__}, not a PegsModel.")
     known = [sticker for sticker in reference.stickers if sticker.emotion]
     known_vectors = embed_pictures(model, processor, reference, known)
     vectors = embed_pictures(model, processor, pack, wanted)

@@ -79,7 +79,7 @@ class DatasetFolder(BaseModel):
             ) from None
         except ValidationError as error:
             raise SessionError(f"{folder / INFO_FILE}: {describe(error)}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise SessionError(f"{folder / INFO_FILE}: not YAML ({str(error).splitlines()[0]}).") from None
 
     def save(self, folder: Path) -> None:

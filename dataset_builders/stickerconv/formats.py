@@ -1,17 +1,15 @@
 """Public sticker dialogue sets in their released formats, as rows of `sessions`; what a set does not tell is `None`."""
 
-import io
 import os
 import re
 from pathlib import Path
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dataset_builders.schema import EMOTIONS, Emotion, Session, Split
 from dataset_builders.stickerconv.features import EMOTION_INDEX, STICKERS
 from dataset_builders.stickerconv.sessions import SessionError, describe
-from dataset_builders.stickers.images import FORMATS, digest
+from dataset_builders.stickers.images import digest, open_picture
 from dataset_builders.stickers.ingest import unique_id
 
 
@@ -163,7 +161,7 @@ def released_sticker_row(sticker: ReleasedSticker, images: Path | None) -> dict:
 def _picture(file: Path) -> dict:
     data = file.read_bytes()
     try:
-        image = Image.open(io.BytesIO(data), formats=list(FORMATS)).convert("RGBA")
+        image = open_picture(data).convert("RGBA")
     except Exception as error:  # decoders of broken files raise whatever their code trips over
         raise SessionError(f"{file}: no picture ({error}).") from None
     size = {"width": image.width, "height": image.height, "sha256": digest(image), "animated": False}

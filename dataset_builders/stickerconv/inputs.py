@@ -91,7 +91,7 @@ def _items(shard: Shard) -> Iterator[tuple[str, Callable[[], dict]]]:
         return
     try:
         dialogues = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SessionError(f"{file}: not JSON ({error}).") from None
     for name, dialogue in dialogues.items():
         yield f"{file}: {name}", partial(mod_row, dialogue, f"{file.stem}-{name}", split)

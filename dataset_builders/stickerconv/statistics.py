@@ -5,12 +5,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickerconv.emotion_words import EMOTION_OF
 from dataset_builders.stickerconv.inputs import ROLES
+from dataset_builders.stickerconv.sessions import SessionError
 from dataset_builders.stickerconv.sources import SPLITS
+from dataset_builders.stickers.pack import first_line
 
 
 UNKNOWN = "not told"
@@ -32,10 +35,13 @@ def words_of(text: str) -> list[str]:
 
 
 def read_split(folder: Path, split: str) -> Iterator[dict]:
-    """Rows of a built dataset's `sessions`, one after the other."""
+    """Rows of a built dataset's `sessions`, one after the other; a [`SessionError`] if a file is damaged."""
     for file in sorted((folder / "sessions").glob(f"{split}-*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(500):
-            yield from batch.to_pylist()
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(500):
+                yield from batch.to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise SessionError(f"{file}: {first_line(error)}") from error
 
 
 class Rate:

@@ -75,5 +75,5 @@ def _own_info(listing: folder.Listing) -> dict:
     try:
         content = yaml.safe_load(text)
         return PackInfo.model_validate(content).model_dump()
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, ValidationError, RecursionError) as error:
         raise folder.SourceError(f"pack.yaml: {first_line(error)}") from error

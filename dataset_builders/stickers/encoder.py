@@ -54,7 +54,7 @@ class TextEncoder:
         """The model, loaded when the first text comes."""
         from sentence_transformers import SentenceTransformer
 
-        options = {"dtype": "bfloat16"} if self.steady else {}
+        options: dict = {"use_safetensors": True, **({"dtype": "bfloat16"} if self.steady else {})}
         return SentenceTransformer(
             str(packaged_encoder()) if self.name == PACKAGED else self.name, model_kwargs=options
         )

@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 from dataset_builders.schema import Sticker
-from dataset_builders.stickers.images import SIDE, encode_animation
+from dataset_builders.stickers.images import SIDE, BadImage, decoding, encode_animation, open_picture
 from dataset_builders.stickers.ingest import unique_id
-from dataset_builders.stickers.pack import StickerPack
+from dataset_builders.stickers.pack import PackError, StickerPack
 
 
 # Licences under which anyone may pass on the pictures in another format, by SPDX id without the version.
@@ -43,7 +43,7 @@ class LicenceError(ValueError):
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: archives, stickers, and those that no quality brings under the limit."""
+    """What was written: archives, stickers, and those that are broken or that no quality brings under the limit."""
 
     files: list[Path]
     stickers: int
@@ -101,11 +101,11 @@ def still_webp(image: Image.Image, limit: int) -> bytes | None:
 
 def frames_of(data: bytes, longest: float) -> tuple[list[Image.Image], list[int]]:
     """Frames (RGBA, square) and durations (ms) of an animation, sped up to at most `longest` seconds."""
-    image = Image.open(io.BytesIO(data))
     frames, durations = [], []
-    for frame in ImageSequence.Iterator(image):
-        frames.append(fit_square(frame.convert("RGBA")))
-        durations.append(int(frame.info.get("duration") or 100))
+    with decoding():
+        for frame in ImageSequence.Iterator(open_picture(data)):
+            frames.append(fit_square(frame.convert("RGBA")))
+            durations.append(int(frame.info.get("duration") or 100))
     factor = min(1.0, 1000 * longest / sum(durations))
     return frames, [max(8, int(duration * factor)) for duration in durations]
 
@@ -154,10 +154,17 @@ def _encode_all(
     on_file: Callable[[int], object],
 ) -> Iterator[tuple[Sticker, bytes]]:
     for number, sticker in enumerate(pack.stickers, start=1):
-        encoded = moving(pack.images[sticker.id]) if sticker.animated else still(fit_square(pack.image(sticker.id)))
+        encoded, reason = None, "larger than the messenger takes at any quality"
+        try:
+            if sticker.animated:
+                encoded = moving(pack.images[sticker.id])
+            else:
+                encoded = still(fit_square(pack.image(sticker.id)))
+        except (BadImage, PackError) as error:
+            reason = str(error)
         on_file(number)
         if encoded is None:
-            skipped.append((sticker.id, "larger than the messenger takes at any quality"))
+            skipped.append((sticker.id, reason))
         else:
             yield sticker, encoded
 

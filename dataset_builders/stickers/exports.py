@@ -11,13 +11,14 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from dataset_builders.stickers.folder import Listing, SourceError, find_pictures, read_json
-from dataset_builders.stickers.images import KEPT_FRAMES, SIDE, BadImage, encode_animation
+from dataset_builders.stickers.images import KEPT_FRAMES, SIDE, BadImage, encode_animation, open_picture
 from dataset_builders.stickers.ingest import Found
 from dataset_builders.stickers.pack import first_line
 
 
 NOTES = ("title.txt", "author.txt", "emoji.txt", "emoji.json", "contents.json")
 MAX_LOTTIE = 16 * 2**20
+TRAY = 96  # pixels a side of a tray icon, at most
 
 
 class NotedSticker(BaseModel):
@@ -62,7 +63,7 @@ def find_export(listing: Listing) -> Iterator[Found]:
     Stickers of a messenger's pack: their author, and the names of their emoji as tags.
 
     Raises:
-        SourceError: If `contents.json` or `emoji.txt` is broken.
+        SourceError: If `contents.json`, `emoji.txt` or `emoji.json` is broken.
 
     """
     _, author = export_title(listing)
@@ -96,19 +97,26 @@ def _emoji(listing: Listing) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     for pack in packs:
         for sticker in pack.stickers or ():
             found[sticker.image_file] = emoji_names("".join(sticker.emojis or ()))
-    text = listing.note("emoji.txt") or listing.note("emoji.json")
-    if text:
-        table = read_json(text, "emoji.txt")
+    name = "emoji.txt" if listing.note("emoji.txt") else "emoji.json"
+    if text := listing.note(name):
+        table = read_json(text, name)
         if not isinstance(table, dict):
-            raise SourceError("emoji.txt: expected an object of file name to emoji")
+            raise SourceError(f"{name}: expected an object of file name to emoji")
         found |= {str(name): emoji_names(str(value)) for name, value in table.items()}
     trays = [pack.tray_image_file.lower() for pack in packs if pack.tray_image_file]
-    if packs or listing.note("title.txt"):  # a `.wastickers` file has its tray icon as the only PNG, 96 px wide
+    if packs or listing.note("title.txt"):  # a `.wastickers` file has its tray icon as the only PNG
         pictures = [p for p in listing.files if p.lower().endswith(".png")]
         webp = [p for p in listing.files if p.lower().endswith(".webp")]
-        if len(pictures) == 1 and webp:
+        if len(pictures) == 1 and webp and _is_tray(listing.files[pictures[0]]):
             trays.append(PurePosixPath(pictures[0]).name.lower())
     return found, trays
+
+
+def _is_tray(read: Callable[[], bytes]) -> bool:
+    try:
+        return max(open_picture(read()).size) <= TRAY
+    except BadImage:  # told with the stickers
+        return False
 
 
 def emoji_names(text: str) -> tuple[str, ...]:

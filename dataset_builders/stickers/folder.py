@@ -131,7 +131,7 @@ def find_pictures(listing: Listing, ignored: tuple[str, ...] = ()) -> Iterator[F
         yield Found(name, read, fields)
 
 
-def read_json(text: str, name: str) -> object:
+def read_json(text: str | bytes, name: str) -> object:
     """
     Parse a note.
 
@@ -141,5 +141,5 @@ def read_json(text: str, name: str) -> object:
     """
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{name}: not JSON ({error})") from error

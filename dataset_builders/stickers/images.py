@@ -5,6 +5,8 @@ import importlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -18,7 +20,7 @@ SIDE = 512  # pixels; what Telegram and WhatsApp take, and more than any vision 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
 MAX_FRAMES = 600
-KEPT_FRAMES = 120  # of an animation that must be made smaller
+KEPT_FRAMES = 120  # of an animation that is written anew
 MAX_DEPTH = 64  # of elements in an SVG; the renderer's stack ends at some 200
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif"}
 KEPT_MODES = ("L", "LA", "P", "RGB", "RGBA")
@@ -41,6 +43,43 @@ class Picture:
     height: int
     animated: bool
     sha256: str
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Within it, whatever the decoder of a picture raises is a [`BadImage`]."""
+    try:
+        yield
+    except (BadImage, ImportError):
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage("not a PNG, JPEG, WebP, GIF or SVG picture") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("too many pixels: a decompression bomb") from error
+    except Exception as error:  # decoders of broken files raise whatever their code trips over
+        raise BadImage(
+            f"broken or cut off ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """
+    Open a picture in a format of stickers; Pillow has decoders of other formats that start programs (EPS: Ghostscript).
+
+    Raises:
+        BadImage: If it is in no such format, or has too many pixels.
+
+    """
+    with decoding():
+        image = Image.open(io.BytesIO(data), formats=list(FORMATS))
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS // 10**6} million")
+        return image
+
+
+def count_frames(image: Image.Image) -> int:
+    """Frames of an animation, 1 of a still; the further pictures in a phone's JPEG (MPO) are no frames."""
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
 def read_picture(data: bytes, name: str = "", black_background: bool = False) -> Picture:
@@ -67,33 +106,21 @@ def read_picture(data: bytes, name: str = "", black_background: bool = False) ->
         raise BadImage("the file is empty")
     if len(data) > MAX_BYTES:
         raise BadImage(f"the file is larger than {MAX_BYTES >> 20} MiB")
-    try:
+    with decoding(), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         if name.lower().endswith(".svg") or SVG_START.match(data[:200]):
             data = render_svg(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=list(FORMATS))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS // 10**6} million")
-            frames = getattr(image, "n_frames", 1)
-            if frames > MAX_FRAMES:
-                raise BadImage(f"{frames} frames are more than {MAX_FRAMES}")
-            return _animation(image, data, frames) if frames > 1 else _still(image, data, black_background)
-    except (BadImage, ImportError):
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage("not a PNG, JPEG, WebP, GIF or SVG picture") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("too many pixels: a decompression bomb") from error
-    except Exception as error:  # decoders of broken files raise whatever their code trips over
-        raise BadImage(
-            f"broken or cut off ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
+        image = open_picture(data)
+        frames = count_frames(image)
+        if frames > MAX_FRAMES:
+            raise BadImage(f"{frames} frames are more than {MAX_FRAMES}")
+        return _animation(image, data, frames) if frames > 1 else _still(image, data, black_background)
 
 
 def _still(image: Image.Image, data: bytes, black_background: bool) -> Picture:
     keep = (
         max(image.size) <= SIDE
+        and image.format in FORMATS
         and image.mode in KEPT_MODES
         and not image.getexif()  # it may turn the picture, or tell where it was taken
         and not black_background
@@ -157,7 +184,7 @@ def _encode_png(image: Image.Image) -> bytes:
 
 
 def _animation(image: Image.Image, data: bytes, frames: int) -> Picture:
-    if max(image.size) > SIDE:
+    if max(image.size) > SIDE or image.getexif():
         step = -(-frames // KEPT_FRAMES)
         pictures: list[Image.Image] = []
         durations: list[int] = []
@@ -166,7 +193,7 @@ def _animation(image: Image.Image, data: bytes, frames: int) -> Picture:
             if number % step:
                 durations[-1] += duration
             else:
-                pictures.append(_shrunk(frame.convert("RGBA")))
+                pictures.append(ImageOps.exif_transpose(_shrunk(frame.convert("RGBA"))))
                 durations.append(duration)
         data = encode_animation(pictures, durations)
         image = Image.open(io.BytesIO(data), formats=["WEBP"])
@@ -196,7 +223,7 @@ def digest(*frames: Image.Image) -> str:
 
 def sample_frames(image: Image.Image, count: int = 8) -> list[Image.Image]:
     """At most `count` frames of a picture as RGBA, evenly spaced; one of a still."""
-    frames = getattr(image, "n_frames", 1)
+    frames = count_frames(image)
     wanted = sorted({round(i * (frames - 1) / max(1, count - 1)) for i in range(count)}) if frames > 1 else [0]
     sampled = []
     for number in wanted:
@@ -216,8 +243,12 @@ def representative_frame(data: bytes) -> Image.Image:
     Returns:
         `PIL.Image.Image`: RGBA.
 
+    Raises:
+        BadImage: If it cannot be read.
+
     """
-    frames = sample_frames(Image.open(io.BytesIO(data)))
+    with decoding():
+        frames = sample_frames(open_picture(data))
     if len(frames) == 1:
         return frames[0]
     white = Image.new("RGBA", frames[0].size, "white")
@@ -258,7 +289,7 @@ def render_svg(data: bytes) -> bytes:
     Draw an SVG that refers to nothing outside itself, `SIDE` pixels on its longer side.
 
     Raises:
-        BadImage: If it has a script, an outside reference or an entity, is nested too deeply, or is no SVG.
+        BadImage: If it has a script, an outside reference, an entity or a picture inside, is nested too deeply, or is no SVG.
 
     """
     try:
@@ -271,7 +302,7 @@ def render_svg(data: bytes) -> bytes:
         raise BadImage(f"not an SVG: its root is <{root.tag.rpartition('}')[2]}>")
     for element in root.iter():
         tag = element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
-        if tag in ("script", "foreignObject", "handler"):
+        if tag in ("script", "foreignObject", "handler", "image", "feImage", "feTurbulence"):  # the last take any time
             raise BadImage(f"the SVG has a <{tag}>")
         for key, value in element.attrib.items():
             key = key.rpartition("}")[2]
@@ -284,10 +315,9 @@ def render_svg(data: bytes) -> bytes:
                 raise BadImage("the SVG refers outside itself (url)")
     _check_depth(root)
     resvg = importlib.import_module("resvg_py")
-    width, height = _svg_size(root)
-    scale = {"width": SIDE} if width >= height else {"height": SIDE}
+    size = {"width": SIDE, "height": SIDE, "dpi": 96}  # the renderer keeps the ratio inside of both sides
     try:
-        return bytes(resvg.svg_to_bytes(svg_string=data.decode("utf-8-sig"), **scale))
+        return bytes(resvg.svg_to_bytes(svg_string=data.decode("utf-8-sig"), **size))
     except (ValueError, RuntimeError, UnicodeDecodeError) as error:
         raise BadImage(f"broken SVG ({str(error).splitlines()[0]})") from error
 
@@ -309,11 +339,3 @@ def _drawn_by(element: ElementTree.Element) -> list[str]:
     uses = isinstance(element.tag, str) and element.tag.rpartition("}")[2] in ("use", "feImage")
     hrefs = [value for key, value in element.attrib.items() if uses and key.rpartition("}")[2] == "href"]
     return hrefs + URL.findall(" ".join(element.attrib.values()))
-
-
-def _svg_size(root: ElementTree.Element) -> tuple[float, float]:
-    box = re.findall(r"-?[\d.]+", root.get("viewBox", ""))
-    if len(box) == 4:
-        return float(box[2]), float(box[3])
-    width, height = (re.match(r"[\d.]+", root.get(side, "")) for side in ("width", "height"))
-    return (float(width[0]), float(height[0])) if width and height else (1.0, 1.0)

@@ -4,7 +4,8 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
 
 from dataset_builders.schema import Split, Sticker
-from dataset_builders.stickers.images import representative_frame
+from dataset_builders.stickers.images import BadImage, representative_frame
 from dataset_builders.stickers.split import split_of_database
 
 
+# what a damaged file of a pack may raise
+UNREADABLE = (OSError, ValidationError, pa.ArrowException, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError, RecursionError)  # fmt: skip
 ROWS_A_GROUP = 32  # a picture is read with its row group: small groups make single pictures cheap
 SCHEMA = pa.schema(
     [
@@ -68,7 +71,7 @@ class PackInfo(BaseModel):
 
 class ParquetImages(Mapping[str, bytes]):
     """
-    Encoded pictures by id, read from `stickers.parquet` when asked for.
+    Encoded pictures by id, read from `stickers.parquet` when asked for; a [`PackError`] if that is damaged.
 
     Args:
         file (`Path`): The parquet file.
@@ -77,7 +80,7 @@ class ParquetImages(Mapping[str, bytes]):
     """
 
     def __init__(self, file: Path, ids: list[str]) -> None:
-        self.parquet = pq.ParquetFile(file)
+        self.file, self.parquet = file, pq.ParquetFile(file)
         self.rows = {sticker_id: row for row, sticker_id in enumerate(ids)}
         groups = (self.parquet.metadata.row_group(i).num_rows for i in range(self.parquet.num_row_groups))
         self.starts = [0]
@@ -92,7 +95,10 @@ class ParquetImages(Mapping[str, bytes]):
             number, images = self.held
             if not (number >= 0 and self.starts[number] <= row < self.starts[number + 1]):
                 number = next(i for i in range(len(self.starts)) if self.starts[i + 1] > row)
-                column = self.parquet.read_row_group(number, columns=["image.bytes"])["image"]
+                try:
+                    column = self.parquet.read_row_group(number, columns=["image.bytes"])["image"]
+                except (OSError, pa.ArrowException) as error:
+                    raise PackError(f"{self.file}: {first_line(error)}") from error
                 images = [picture["bytes"] for picture in column.to_pylist()]
                 self.held = number, images
             return images[row - self.starts[number]]
@@ -144,8 +150,11 @@ class StickerPack:
         return [s for s in self.stickers if name in split_of_database(self.databases[s.id], self.num_databases)]
 
     def image(self, sticker_id: str) -> Image.Image:
-        """A sticker as an RGBA picture; of an animated one, the frame that represents it."""
-        return representative_frame(self.images[sticker_id])
+        """A sticker as an RGBA picture; of an animated one, the frame that represents it. Raises [`PackError`] if it cannot be read."""
+        try:
+            return representative_frame(self.images[sticker_id])
+        except BadImage as error:
+            raise PackError(f"the pack {self.info.name}: sticker {sticker_id}: {error}") from error
 
     def still(self, sticker_id: str) -> bytes:
         """A sticker as one encoded picture: its own bytes, or its representative frame as PNG if it is animated."""
@@ -153,7 +162,7 @@ class StickerPack:
         if not self.by_id[sticker_id].animated:
             return data
         buffer = io.BytesIO()
-        representative_frame(data).save(buffer, "PNG")
+        self.image(sticker_id).save(buffer, "PNG")
         return buffer.getvalue()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -188,14 +197,29 @@ class StickerPack:
             for row, image in zip(rows, table["image"].to_pylist(), strict=True):
                 row["image_path"] = image["path"]
             stickers = TypeAdapter(list[Sticker]).validate_python(rows)
-            databases = {}
             file = folder / "databases.parquet"
-            if file.is_file():
-                numbers = pq.read_table(file).to_pydict()
-                databases = dict(zip(numbers["id"], numbers["database"], strict=True))
-        except (ValidationError, pa.ArrowException, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            databases = read_databases(file, stickers) if file.is_file() else {}
+        except UNREADABLE as error:
             raise PackError(f"{file}: {first_line(error)}") from error
         return cls(info, stickers, ParquetImages(folder / "stickers.parquet", [s.id for s in stickers]), databases)
+
+
+def read_databases(file: Path, stickers: Sequence[Sticker]) -> dict[str, int]:
+    """
+    Database of each sticker of a pack.
+
+    Raises:
+        PackError: If a sticker is not there, or not once, or the databases are not 1 to N.
+
+    """
+    table = pq.read_table(file).to_pydict()
+    databases = dict(zip(table["id"], table["database"], strict=True))
+    databases = TypeAdapter(dict[str, PositiveInt]).validate_python(databases, strict=True)
+    if Counter(table["id"]) != Counter(sticker.id for sticker in stickers):
+        raise PackError(f"{file}: expected each sticker of the pack once, and no others.")
+    if len(set(databases.values())) != max(databases.values(), default=0):
+        raise PackError(f"{file}: expected databases 1 to {max(databases.values())}, and a sticker in each.")
+    return databases
 
 
 def first_line(error: Exception) -> str:

@@ -49,7 +49,7 @@ def find_ser30k(source: Path) -> Iterator[Found]:
     """
     annotations: dict[str, Annotation] = {}
     for file in sorted((source / "Annotations").rglob("*.json")):
-        content = read_json(file.read_text("utf-8"), str(file))
+        content = read_json(file.read_bytes(), str(file))
         rows = content.get("annotations") if isinstance(content, dict) else content
         if not isinstance(rows, list):
             raise SourceError(f'{file}: expected a list under "annotations"')

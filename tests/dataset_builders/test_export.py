@@ -74,6 +74,18 @@ def test_whatsapp_archives_come_back_as_packs(pack, tmp_path):
     assert again.info.attribution == "Discs by Ana"
 
 
+def test_stickers_that_cannot_be_read_are_told(pack, tmp_path):
+    still, moving = pack.stickers[0].id, pack.stickers[-1].id
+    bitmap = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(bitmap, "BMP")
+    done = export_whatsapp(
+        StickerPack(pack.info, pack.stickers[:5], {**pack.images, still: bitmap.getvalue()}), tmp_path
+    )
+    assert done.stickers == 4 and [name for name, _ in done.skipped] == [still]
+    done = export_telegram(StickerPack(pack.info, pack.stickers[-1:], {moving: bitmap.getvalue()}), tmp_path)
+    assert done.skipped == [(moving, "not a PNG, JPEG, WebP, GIF or SVG picture")]
+
+
 @pytest.mark.parametrize("export", [export_telegram, export_whatsapp])
 def test_a_packs_name_leads_nowhere(pack, tmp_path, export):
     named = StickerPack(pack.info.model_copy(update={"name": "../../My escaped"}), pack.stickers[2:5], pack.images)

@@ -21,6 +21,7 @@ from dataset_builders.stickers.images import (
     BadImage,
     encode_animation,
     read_picture,
+    render_svg,
     representative_frame,
     whiten_background,
 )
@@ -48,7 +49,7 @@ def svg(inside):
 
 
 def make_mixed(folder):
-    """140 files: 128 pictures that can be stickers, 12 that cannot; returns why each of these cannot."""
+    """142 files: 128 pictures that can be stickers, 14 that cannot; returns why each of these cannot."""
     sizes = [1, 2, 16, 96, 511, 512, 513, 1000, 2000, 8000]
     for i in range(100):
         size = sizes[i % len(sizes)] if i < 30 else random.Random(i).choice(sizes[:8])
@@ -80,15 +81,17 @@ def make_mixed(folder):
         "empty.png": (b"", "empty"),
         "text.png": (b"this is a letter, no picture", "not a PNG"),
         "bomb.png": (bomb.getvalue(), "pixels|bomb"),
-        "outside.svg": (svg('<image xlink:href="file:///etc/passwd" width="9" height="9"/>'), "outside itself"),
+        "outside.svg": (svg('<use xlink:href="file:///etc/passwd" width="9" height="9"/>'), "outside itself"),
         "style.svg": (svg('<rect width="9" height="9" style="fill:url(https://x.org/a.svg#b)"/>'), "outside itself"),
         "script.svg": (svg("<script>alert(1)</script>"), "<script>"),
+        "slow.svg": (svg('<filter id="f"><feTurbulence numOctaves="100000000"/></filter>'), "<feTurbulence>"),
+        "picture.svg": (svg('<image href="data:image/png;base64,AAAA"/>'), "<image>"),
         "entity.svg": (b'<!DOCTYPE svg [<!ENTITY a "aaaa">]>' + svg("<text>&a;</text>"), "entities"),
         "again.png": ((folder / "000.png").read_bytes(), "same picture as 000.png"),
     }
     for name, (data, _) in bad.items():
         (folder / name).write_bytes(data)
-    assert len(list(folder.iterdir())) == 140
+    assert len(list(folder.iterdir())) == 142
     return {name: reason for name, (_, reason) in bad.items()}
 
 
@@ -100,7 +103,7 @@ def mixed(tmp_path_factory):
     return folder / "in", reasons
 
 
-def test_140_mixed_files(mixed, tmp_path):
+def test_142_mixed_files(mixed, tmp_path):
     folder, reasons = mixed
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     result = build_from_source(str(folder), tmp_path / "pack")
@@ -206,12 +209,46 @@ def test_an_svg_that_is_nested_too_deeply_is_refused_before_it_is_drawn(make):
     [
         b'<?xml version="1.0" encoding="x-foo"?>' + svg("<g/>"),
         b'<?xml version="1.0" encoding="shift_jis"?>' + svg("<g/>"),
-        svg("<g/>").replace(b"0 0 20 10", b"0 0 1.2.3 5"),
     ],
 )
 def test_an_svg_that_cannot_be_read_is_a_bad_picture(data):
     with pytest.raises(BadImage, match="broken or cut off"):
         read_picture(data)
+
+
+@pytest.mark.parametrize(
+    ("sides", "size"),
+    [
+        ('width="10" height="20"', (256, 512)),
+        ('width="1" height="1000000000"', (1, 512)),
+        ('width="10"', (512, 256)),
+        ('width="20%" height="1e2"', (21, 512)),
+    ],
+)
+def test_an_svg_is_drawn_within_512_pixels_whatever_its_sides(sides, size):
+    data = svg('<rect width="9" height="9"/>').replace(b"<svg", b"<svg " + sides.encode())
+    assert Image.open(io.BytesIO(render_svg(data))).size == size
+
+
+def test_of_a_phones_jpeg_with_two_pictures_the_first_is_a_still():
+    first, second = drawing(60, 40, 1, "RGB"), drawing(60, 40, 2, "RGB")
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    picture = read_picture(data)
+    assert (picture.suffix, picture.width, picture.height, picture.animated) == (".png", 60, 40, False)
+    seen = np.asarray(representative_frame(data))
+    assert (np.asarray(representative_frame(picture.data)) == seen).all()
+    assert np.abs(seen[..., :3] - np.asarray(first, np.int16)).mean() < 10
+
+
+@pytest.mark.parametrize("fmt", ["WEBP", "PNG"])
+def test_an_animation_does_not_tell_where_it_was_taken(fmt):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "at home"
+    frames = [drawing(60, 20, i) for i in range(3)]
+    data = encoded(frames[0], fmt, save_all=True, append_images=frames[1:], duration=80, exif=exif)
+    picture = read_picture(data)
+    assert b"at home" in data and b"at home" not in picture.data
+    assert picture.animated and (picture.width, picture.height) == (20, 60)
 
 
 @pytest.mark.parametrize("error", [IndexError, TypeError, struct.error])
@@ -283,6 +320,9 @@ def test_ser30k(tmp_path):
     file = tmp_path / "ser" / "Annotations" / "image-level" / "train.json"
     file.write_text('{"annotations": [{"topic": "a", "file_name": "b", "anno": 9}]}')
     with pytest.raises(SourceError, match=r"train.json: row 1: anno"):
+        build_from_source(str(tmp_path / "ser"), tmp_path / "pack2")
+    file.write_bytes('{"annotations": [{"text": "é"}]}'.encode("latin-1"))
+    with pytest.raises(SourceError, match="train.json: not JSON .*can't decode byte"):
         build_from_source(str(tmp_path / "ser"), tmp_path / "pack2")
 
 
@@ -372,6 +412,16 @@ def test_messenger_exports(tmp_path):
         assert alpha[0] < 20 and alpha[1] > 235, name
 
 
+@pytest.mark.parametrize(("side", "ids"), [(96, {"cat"}), (97, {"cat", "dog"})])
+def test_only_a_small_png_is_taken_for_the_tray_icon(tmp_path, side, ids):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "title.txt").write_text("Pets")
+    (tmp_path / "in" / "cat.webp").write_bytes(encoded(drawing(512, 512, 5), "WEBP"))
+    (tmp_path / "in" / "dog.png").write_bytes(encoded(drawing(side, 20, 6), "PNG"))
+    build_from_source(str(tmp_path / "in"), tmp_path / "pack")
+    assert set(StickerPack.load(tmp_path / "pack").by_id) == ids
+
+
 def test_a_damaged_vector_sticker_is_a_bad_picture():
     pytest.importorskip("rlottie_python")
     data = bytearray(lottie())
@@ -445,6 +495,10 @@ def test_a_source_without_a_picture_leaves_the_pack_that_is_there(tmp_path):
         ("contents.json", '{"sticker_packs": [{"stickers": ["a.png"]}]}', "contents.json: sticker_packs.0.stickers.0: "),
         ("contents.json", '{"sticker_packs": [{"name": 7}]}', "contents.json: sticker_packs.0.name: Input should be a valid string"),
         ("contents.json", '{"packs": []}', "contents.json: sticker_packs: Field required"),
+        ("contents.json", "[" * 100_000, "contents.json: not JSON .maximum recursion depth exceeded"),
+        ("emoji.json", "[]", "emoji.json: expected an object of file name to emoji"),
+        ("emoji.json", "{", "emoji.json: not JSON"),
+        ("pack.yaml", "[" * 3000, "pack.yaml: maximum recursion depth exceeded"),
         ("pack.yaml", "name: cats\nversion: 1\nlicence: MIT\nattribution: me\nsource: me\n", "pack.yaml: version: Input should be a valid string"),
         ("pack.yaml", "cats", "pack.yaml: Input should be a valid dictionary"),
     ],

@@ -393,6 +393,15 @@ def test_a_build_writes_inside_its_folder_alone(tmp_path, pack):
     build_dataset(["mini"], tmp_path / "disk", stickers=str(pack), on_row=beside)
 
 
+def test_what_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "c_test.json").write_text('{"dialogue 1": ' + "[" * 100_000)
+    with pytest.raises(SessionError, match="c_test.json: not JSON .maximum recursion depth"):
+        build_dataset([tmp_path / "c_test.json"], tmp_path / "out")
+    (tmp_path / "dataset.yaml").write_text("[" * 3000)
+    with pytest.raises(SessionError, match="dataset.yaml: not YAML .maximum recursion depth"):
+        DatasetFolder.load(tmp_path)
+
+
 def test_mod(tmp_path):
     def say(speaker: int, text: str | None, **more):
         return {"speaker_id": f"[speaker{speaker}]"} | ({"txt": text} if text else {}) | more

@@ -1,12 +1,16 @@
+import io
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickers import openmoji
-from dataset_builders.stickers.pack import StickerPack
+from dataset_builders.stickers.pack import PackError, StickerPack
 from dataset_builders.stickers.split import split_databases, split_of_database
 
 
@@ -72,6 +76,57 @@ def test_save_and_load(pack, tmp_path):
     assert (again.info, again.stickers, again.databases) == (pack.info, pack.stickers, pack.databases)
     with pytest.raises(FileNotFoundError, match="has no pack.yaml"):
         StickerPack.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("ids", "numbers", "said"),
+    [
+        ("ab", [1, 2], "expected each sticker of the pack once"),
+        ("abb", [1, 2, 1], "expected each sticker of the pack once"),
+        ("abcc", [1, 2, 1, 2], "expected each sticker of the pack once"),
+        ("abcd", [1, 2, 1, 2], "expected each sticker of the pack once"),
+        ("abc", [0, 1, 2], "a: Input should be greater than 0"),
+        ("abc", [1.0, 1.0, 2.0], "a: Input should be a valid integer"),
+        ("abc", [1, None, 2], "b: Input should be a valid integer"),
+        ("abc", [1, 3, 3], "expected databases 1 to 3, and a sticker in each"),
+    ],
+)
+def test_databases_that_do_not_fit_the_stickers_are_named(pack, tmp_path, ids, numbers, said):
+    stickers = [sticker.model_copy(update={"id": name}) for sticker, name in zip(pack.stickers, "abc", strict=False)]
+    StickerPack(pack.info, stickers, dict.fromkeys("abc", b"x")).save(tmp_path)
+    pq.write_table(pa.table({"id": list(ids), "database": numbers}), tmp_path / "databases.parquet")
+    with pytest.raises(PackError, match=f"databases.parquet: {said}"):
+        StickerPack.load(tmp_path)
+
+
+def damage(file, start):
+    data = bytearray(file.read_bytes())
+    data[start : start + 60] = bytes(60)
+    file.write_bytes(data)
+
+
+def test_a_damaged_page_is_named(pack, tmp_path):
+    pack.save(tmp_path)
+    file = tmp_path / "stickers.parquet"
+    column = pq.ParquetFile(file).metadata.row_group(0).column(1)
+    damage(file, column.dictionary_page_offset or column.data_page_offset)
+    damaged = StickerPack.load(tmp_path)
+    with pytest.raises(PackError, match="stickers.parquet: "):
+        damaged.image(pack.stickers[0].id)
+    assert damaged.image(pack.stickers[-1].id).size == (64, 64)
+    damage(file, 4)
+    with pytest.raises(PackError, match="stickers.parquet: "):
+        StickerPack.load(tmp_path)
+
+
+@pytest.mark.parametrize("fmt", ["BMP", "EPS"])
+def test_a_pack_has_no_pictures_in_other_formats(pack, fmt):
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, fmt)
+    sticker = pack.stickers[0]
+    broken = StickerPack(pack.info, [sticker], {sticker.id: buffer.getvalue()})
+    with pytest.raises(PackError, match=f"the pack openmoji: sticker {sticker.id}: not a PNG, JPEG, WebP, GIF"):
+        broken.image(sticker.id)
 
 
 def test_a_drawing_that_does_not_exist_is_named():

@@ -108,6 +108,19 @@ def test_broken_pictures_are_named(tmp_path):
         load_sticker(Image.new("1", (9000, 9000)))
 
 
+def test_only_the_formats_of_stickers_are_read(tmp_path):
+    first, second = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (30, 20), "blue")
+    for fmt in ("BMP", "EPS"):
+        first.save(tmp_path / "a.png", fmt)
+        for source in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
+            with pytest.raises(StickerImageError, match=r"not a readable image \(expected PNG, JPEG, WebP or GIF\)"):
+                load_sticker(source)
+    for fmt in ("PNG", "JPEG", "WEBP", "GIF", "MPO"):  # a phone's JPEG may hold two pictures
+        first.save(tmp_path / "a", fmt, **({"save_all": True, "append_images": [second]} if fmt == "MPO" else {}))
+        red, _, blue = load_sticker(tmp_path / "a").getpixel((9, 9))
+        assert red > 240 and blue < 15
+
+
 def check_whole(ids, pixel_values, config):
     """Stickers and spans are whole, and there is a picture for each sticker."""
     text = "".join(chr(token) for token in ids if token >= config.first_new_token_id)
@@ -115,6 +128,12 @@ def check_whole(ids, pixel_values, config):
     span = "".join(map(chr, config.img_token_ids))
     assert not text.replace(image, "").replace(span, "")
     assert (0 if pixel_values is None else len(pixel_values)) == text.count(image)
+
+
+def test_a_tokenizers_word_for_no_truncation_is_heeded(processor):
+    whole = processor("a" * 100)["input_ids"]
+    assert processor("a" * 100, truncation="do_not_truncate", max_length=10)["input_ids"] == whole
+    assert len(processor("a" * 100, truncation="longest_first", max_length=10)["input_ids"][0]) == 10
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,6 +1,7 @@
 """`pegs dataset`, `pegs push` and `pegs card` as their users call them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,10 @@ def work(tmp_path_factory):
     rows = json.loads(built.stdout)["rows"]
     assert rows["sessions"].keys() == {"train", "validation", "test"} and sum(rows["stickers"].values()) == 556
     assert rows["turns"]["train"] > 3 * rows["sessions"]["train"]
+    shutil.copytree(folder / "stickerconv", folder / "damaged")
+    with (folder / "damaged" / "sessions" / "train-00000-of-00001.parquet").open("r+b") as file:
+        file.seek(4)
+        file.write(bytes(60))
     return folder
 
 
@@ -74,6 +79,7 @@ def test_stats_tell_table_5_and_fill_the_card(work):
         (("dataset", "build", "mini", "--out", "{work}/run/sessions.jsonl/x"), "--out {work}/run/sessions.jsonl/x: {work}/run/sessions.jsonl is a file, not a folder."),
         (("dataset", "build", "mini", "--images", "{tmp}/typo", "--out", "{tmp}/x"), "--images {tmp}/typo: no such folder."),
         (("dataset", "stats", "{tmp}"), "{tmp}: no dataset, it has no dataset.yaml"),
+        (("dataset", "stats", "{work}/damaged"), "{work}/damaged/sessions/train-00000-of-00001.parquet: "),
         (("dataset", "stats", "{work}/stickerconv", "--tokenizer", "{tmp}"), "--tokenizer {tmp}: "),
         (("dataset", "push", "{work}/pack", "ines/x"), "{work}/pack: no dataset, it has no dataset.yaml"),
         (("dataset", "push", "{work}/stickerconv", "no good/name"), "no good/name"),

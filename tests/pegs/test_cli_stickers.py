@@ -1,5 +1,6 @@
 """A pack from somebody's pictures to a messenger, as its user does it; no endpoint, the embedded model annotates."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,10 +8,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickers import openmoji
 from dataset_builders.stickers.pack import StickerPack
+from pegs.cli_stickers import stickers_build
+from pegs.errors import InputError
 
 
 PEGS = str(Path(sys.executable).with_name("pegs"))
@@ -78,6 +82,24 @@ def test_split_search_export_and_show(pack, tmp_path):
     assert stickers("show", "--stickers", pack, "--out", tmp_path / "sheet.png").returncode == 0
 
 
+@pytest.fixture(scope="module")
+def bitmaps(pack):
+    """A pack with pictures in a format that stickers do not have."""
+    good, bitmap = StickerPack.load(pack), io.BytesIO()
+    Image.new("RGB", (9, 9)).save(bitmap, "BMP")
+    folder = pack.parent / "bitmaps"
+    StickerPack(good.info, good.stickers, dict.fromkeys(good.by_id, bitmap.getvalue())).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("source", ["openmoji", "{tmp}"])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, source):
+    (tmp_path / "a.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>')
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(InputError, match=r"^resvg_py is not installed: pip install 'stickerconv\[chat,stickers\]'.$"):
+        stickers_build(source.format(tmp=tmp_path), tmp_path / "pack")
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -93,12 +115,15 @@ def test_split_search_export_and_show(pack, tmp_path):
         (("show", "--stickers", "../typo", "--out", "{tmp}/x.png"), "--stickers ../typo: ../typo is not a sticker pack"),
         (("show", "--stickers", "a--b/c", "--out", "{tmp}/x.png"), "--stickers a--b/c: Cannot have -- or .. in repo_id"),
         (("split", "--pack", "{pack}", "--databases", "0"), "--databases 0: must be from 1 to"),
+        (("filter", "--pack", "{pack}", "--out", "{pack}/pack.yaml", "--llm", "http://127.0.0.1:9/v1", "--model", "m"), "--out {pack}/pack.yaml: {pack}/pack.yaml is a file, not a folder."),
+        (("annotate", "--pack", "{pack}", "--out", "{pack}/pack.yaml"), "--out {pack}/pack.yaml: {pack}/pack.yaml is a file, not a folder."),
+        (("show", "--stickers", "{bitmaps}", "--out", "{tmp}/x.png"), "the pack mine: sticker "),
         (("annotate", "--pack", "{pack}", "--llm", "http://127.0.0.1:9/v1"), "--model is needed with --llm"),
         (("annotate", "--pack", "{pack}", "--llm", "http://127.0.0.1:9/v1", "--model", "m", "--budget-usd", "1"), "--budget-usd needs --price-in"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(pack, tmp_path, args, said):
-    places = {"tmp": tmp_path, "pack": pack, "notes": pack.parent / "notes"}
+def test_bad_input_is_one_line(pack, bitmaps, tmp_path, args, said):
+    places = {"tmp": tmp_path, "pack": pack, "bitmaps": bitmaps, "notes": pack.parent / "notes"}
     places["notes"].mkdir(exist_ok=True)
     (places["notes"] / "contents.json").write_text('{"sticker_packs": [{"name": 7}]}')
     done = stickers(*(arg.format(**places) for arg in args))

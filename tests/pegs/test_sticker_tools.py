@@ -115,3 +115,12 @@ def test_a_pack_that_is_annotated_needs_no_model(server, pack, tmp_path):
     done = StickerPack.load(pack)
     assert annotate_pack_locally(done, done, "nowhere", tmp_path / "out", again=False)["annotated"] == 0
     assert StickerPack.load(tmp_path / "out").stickers == done.stickers
+
+
+def test_a_model_that_cannot_be_read_is_named(pack, tmp_path):
+    new = StickerPack.load(pack)
+    for files, said in (({}, "has no config.json"), ({"config.json": "{}", "model.safetensors": "x"}, "Unrecognized")):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=f"^--model {tmp_path}: {said}"):
+            annotate_pack_locally(new, new, str(tmp_path), tmp_path / "out", again=False)
