@@ -1,7 +1,6 @@
 """Predictions: a model's reply to every System turn of a split (section 6), one JSON line a turn, the input of all metrics."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from agent_generation.engine import seed_of
 from dataset_builders.schema import Emotion, Message, Record, Session, Sticker, Turn
 from dataset_builders.stickerconv.sessions import SessionError, describe, load_mini, read_sessions
-from dataset_builders.stickers.images import FORMATS
+from dataset_builders.stickers.images import open_picture
 from dataset_builders.stickers.pack import StickerPack
 from pegs.errors import InputError
 from pegs.evaluation.results import make_folder, write_json
@@ -166,8 +165,8 @@ class Predictions:
         """A sticker's picture, RGBA; raises as [`picture_bytes`] does, and if it is none."""
         data = self.picture_bytes(sticker, pack)
         try:
-            return Image.open(io.BytesIO(data), formats=list(FORMATS)).convert("RGBA")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return open_picture(data).convert("RGBA")
+        except (OSError, ValueError, SyntaxError):
             raise InputError(f"{self.path}: {sticker.id or sticker.picture} is not a readable picture.") from None
 
 
