@@ -53,7 +53,7 @@ class BatchLLM(OpenAILLM):
                     count = len(self.waiting)
                     await asyncio.sleep(self.linger)
                 for key in [key for key in self.waiting if key in self.arrived]:
-                    self._settle(key, self.arrived.pop(key))
+                    self._settle(key, self.arrived.pop(key), self.body(*self.waiting[key][:2]))
                 if round_ := dict(list(self.waiting.items())[:MOST]):
                     await self._round(round_)
         except Exception as error:  # all who wait must hear of it
@@ -64,9 +64,10 @@ class BatchLLM(OpenAILLM):
             self.waiting.clear()
 
     async def _round(self, asked: dict[str, tuple[Request, int, asyncio.Future]]) -> None:
+        bodies = {key: self.body(request, seed) for key, (request, seed, _) in asked.items()}
         lines = [
-            {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": self.body(request, seed)}
-            for key, (request, seed, _) in asked.items()
+            {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            for key, body in bodies.items()
         ]
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         file = await self.client.files.create(file=("round.jsonl", data), purpose="batch")
@@ -77,8 +78,8 @@ class BatchLLM(OpenAILLM):
         partial.write_text(json.dumps([batch.id]))
         partial.replace(self.notes)
         answers = await self._collect([batch.id])
-        for key in asked:
-            self._settle(key, answers.get(key, {"error": {"message": "no answer in its batch"}}))
+        for key, body in bodies.items():
+            self._settle(key, answers.get(key, {"error": {"message": "no answer in its batch"}}), body)
 
     async def _collect_noted(self) -> dict[str, dict]:
         """Answers of the batches that an earlier process had sent; none of those that the provider does not keep any more."""
@@ -112,20 +113,26 @@ class BatchLLM(OpenAILLM):
                         ) from None
         return answers
 
-    def _settle(self, key: str, row: dict) -> None:
+    def _settle(self, key: str, row: dict, asked: dict) -> None:
         request, _, answer = self.waiting[key]
         if not answer.done():
             try:
-                answer.set_result(self._read(row, request))
+                reply = self._read(row, request, asked)
+                if reply is None:
+                    return
+                answer.set_result(reply)
             except AnswerError as error:
                 answer.set_exception(error)
         del self.waiting[key]
 
-    def _read(self, row: dict, request: Request) -> Reply:
+    def _read(self, row: dict, request: Request, asked: dict) -> Reply | None:
+        """The reply in a row of a batch's output; `None` if the next round asks again, without what the model refuses."""
         response = row.get("response") or {}
         body = response.get("body") or {}
         if response.get("status_code") == 200:
             return self.as_reply(body, request)
         told = row.get("error") or (body.get("error") if isinstance(body, dict) else body) or {}
+        if isinstance(told, dict) and self.learn(asked, told.get("code"), told.get("param")):
+            return None
         said = (told.get("message") if isinstance(told, dict) else told) or "no answer"
         raise AnswerError(f"status {response.get('status_code')}: {self.without_key(str(said))}"[:200])

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -365,7 +365,8 @@ class Engine:
                 raise self.ended
             schema = schema_length(request.answer) if request.answer else 0
             prompt_tokens = most_prompt_tokens(request.messages) + schema
-            most = self.prices.cost(prompt_tokens, self.llm.most_tokens(request.role))
+            most_tokens = self.llm.most_tokens(request.role)
+            most = self.prices.cost(prompt_tokens, most_tokens)
             if self.budget_usd is not None and self.committed_usd + most > self.budget_usd:
                 raise BudgetError(
                     f"the budget of {self.budget_usd} USD is used up ({self.committed_usd:.4f} USD spent or in flight)"
@@ -374,6 +375,8 @@ class Engine:
             cost = 0.0
             try:
                 reply = await self.llm.ask(request, seed_of(key))
+                if not reply.prompt_tokens:  # an endpoint that does not tell
+                    reply = replace(reply, prompt_tokens=prompt_tokens, completion_tokens=most_tokens)
                 cost = self.prices.cost(reply.prompt_tokens, reply.completion_tokens)
             finally:
                 self.committed_usd += cost - most

@@ -17,6 +17,7 @@ from openai import (
     APIStatusError,
     AsyncOpenAI,
     AuthenticationError,
+    BadRequestError,
     DefaultAioHttpClient,
     NotFoundError,
     OpenAIError,
@@ -26,6 +27,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 GIVE_UP = 8  # requests that fail one after the other, each after its retries
+UNSUPPORTED = ("unsupported_parameter", "unsupported_value")  # codes of a 400 that names a parameter
+DISPENSABLE = ("max_tokens", "temperature", "reasoning_effort")  # parameters without which a request is sent again
 
 
 class AnswerError(ValueError):
@@ -181,6 +184,7 @@ class OpenAILLM:
         max_retries (`int`, *optional*, defaults to 6): Retries of one request.
         timeout (`float`, *optional*, defaults to 120.0): Seconds for one try.
         api_key (`str`, *optional*): Defaults to `OPENAI_API_KEY`, or to none for an endpoint that asks for none. Never logged or stored.
+        extra_body (`Mapping[str, Any]`, *optional*): Fields for the body of every request, in place of ours.
 
     """
 
@@ -190,7 +194,9 @@ class OpenAILLM:
     max_retries: int = 6
     timeout: float = 120.0
     api_key: str | None = field(default=None, repr=False)
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
     in_a_row: int = field(default=0, init=False)  # failures since the last answer
+    refused: dict[str, set[str]] = field(default_factory=dict, init=False)  # parameters, by model
 
     @cached_property
     def client(self) -> AsyncOpenAI:
@@ -220,18 +226,35 @@ class OpenAILLM:
 
     def most_tokens(self, role: str) -> int:
         """Longest answer to a role, in tokens."""
-        return self.roles[role].max_tokens
+        given = [self.extra_body.get(name) for name in ("max_tokens", "max_completion_tokens")]
+        return max((most for most in given if isinstance(most, int)), default=self.roles[role].max_tokens)
 
     async def ask(self, request: Request, seed: int) -> Reply:
         """Answer one request; see [`LLM`]."""
         try:
-            # as `chat.completions.create` does, without its walks through body and answer: those are a fifth of the client's work
-            done = await self.client.post("/chat/completions", body=self.body(request, seed), cast_to=object)
-            reply = self.as_reply(done, request)
+            reply = self.as_reply(await self._complete(request, seed), request)
         except (OpenAIError, ValueError, TypeError) as error:
             raise self.explain(error) from None
         self.in_a_row = 0
         return reply
+
+    async def _complete(self, request: Request, seed: int) -> Any:
+        """What the endpoint sends back, asked again without what it refuses."""
+        while True:
+            body = self.body(request, seed)
+            try:
+                # as `chat.completions.create` does, without its walks through body and answer: those are a fifth of the client's work
+                return await self.client.post("/chat/completions", body=body, cast_to=object)
+            except BadRequestError as error:
+                if not self.learn(body, error.code, error.param):
+                    raise
+
+    def learn(self, body: Mapping[str, Any], code: object, parameter: object) -> bool:
+        """Note that a model refuses a parameter of `body`; whether the request can be sent again without it."""
+        ours = parameter in DISPENSABLE and parameter in body and parameter not in self.extra_body
+        if known := ours and code in UNSUPPORTED:
+            self.refused.setdefault(body["model"], set()).add(str(parameter))
+        return known
 
     async def close(self) -> None:
         """Close the client, while the event loop that it belongs to still runs; see [`LLM`]."""
@@ -251,6 +274,16 @@ class OpenAILLM:
         if request.answer:
             form = {"name": request.answer.__name__, "schema": strict_schema(request.answer), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": form}
+        body.update(self.extra_body)
+        if "max_completion_tokens" in self.extra_body:  # endpoints take one of the two
+            del body["max_tokens"]
+        refused = self.refused.get(body["model"], ())
+        if "temperature" in refused:
+            del body["temperature"]
+        if "max_tokens" in refused:  # a model that reasons: what it thinks would use up the tokens of its answer
+            body.setdefault("max_completion_tokens", body.pop("max_tokens"))
+            if "reasoning_effort" not in refused:
+                body.setdefault("reasoning_effort", "minimal")
         return body
 
     def as_reply(self, done: Any, request: Request) -> Reply:
@@ -265,12 +298,12 @@ class OpenAILLM:
             if isinstance(done, str):  # JSON under another content type, which the client leaves as text
                 done = json.loads(done)
             choice, usage = done["choices"][0], done.get("usage") or {}
-            text = choice["message"].get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError(text)
+            text = without_thoughts(choice["message"].get("content") or "")
+            model = str(done.get("model") or self.roles[request.role].model or self.model)
+            (text + model).encode()  # fails at half a surrogate pair, which no file can keep
             return Reply(
                 text=text,
-                model=str(done.get("model") or self.roles[request.role].model or self.model),
+                model=model,
                 prompt_tokens=int(usage.get("prompt_tokens") or 0),
                 completion_tokens=int(usage.get("completion_tokens") or 0),
                 complete=choice.get("finish_reason") != "length",
@@ -298,10 +331,17 @@ class OpenAILLM:
         return AnswerError(said)
 
     def without_key(self, text: str) -> str:
-        """`text`, which an endpoint sent, without anything that looks like a key."""
+        """`text`, which an endpoint sent, without anything that looks like a key or cannot be written."""
         key = self.client.api_key
+        text = text.encode("utf-8", "replace").decode()
         text = text.replace(key, "***") if len(key) > 4 else text
         return re.sub(r"\b(?:(?:sk|key)[-_]|Bearer\s+)[\w*.-]{6,}", "***", text)
+
+
+def without_thoughts(text: str) -> str:
+    """An answer without the `<think>` block at its head, which some chat templates open themselves."""
+    thoughts, ended, said = text.partition("</think>")
+    return said if ended and "<think>" not in thoughts.lstrip().removeprefix("<think>") else text
 
 
 @lru_cache

@@ -65,7 +65,9 @@ def read_profiles(path: Path) -> list[Profile]:
                 raise ProfileError(f"{path}:{number}: expected an object.")
             row["emotion"] = normalise_emotion(str(row.get("emotion", "")))
             profiles.append(Profile.model_validate({"name": "User", **row}))
-        except json.JSONDecodeError as error:
+        except ProfileError:
+            raise
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ProfileError(f"{path}:{number}: not JSON ({error}).") from None
         except ValidationError as error:
             first = error.errors()[0]

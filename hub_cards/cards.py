@@ -1,5 +1,6 @@
 """Cards: a Jinja template filled with a run's own numbers."""
 
+import hashlib
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -7,8 +8,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dataset_builders.cards import somebodys_card
 
 
+MARK = "\n# made by pegs; rewritten as long as nobody changes it: "
+
+
 class CardError(ValueError):
-    """A card that somebody wrote, where one is to be made."""
+    """A file that somebody wrote, where a card or a Space is to be made."""
 
 
 def check_card(folder: Path) -> None:
@@ -21,6 +25,24 @@ def check_card(folder: Path) -> None:
     """
     if somebodys_card(folder) is not None:
         raise CardError(f"{folder / 'README.md'}: somebody wrote this card; move it away to have one made.")
+
+
+def sign_code(text: str) -> str:
+    """Code with its own digest in a comment at the end; see [`sign_card`]."""
+    text = text.rstrip()
+    return f"{text}{MARK}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def check_code(file: Path) -> None:
+    """
+    Stop if somebody wrote a file of code, or changed it.
+
+    Raises:
+        CardError: Naming it.
+
+    """
+    if file.is_file() and (text := file.read_text("utf-8")) != sign_code(text.rpartition(MARK)[0]):
+        raise CardError(f"{file}: somebody wrote this file; move it away to have one made.")
 
 
 def render_card(name: str, /, **values: object) -> str:

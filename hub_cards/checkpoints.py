@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dataset_builders.cards import BOILERPLATE
+from dataset_builders.cards import BOILERPLATE, somebodys_card
 from hub_cards.cards import render_card
 from hub_cards.licences import hub_licence
 
@@ -28,6 +29,7 @@ MARKS: dict[str, Kind] = {
     "tokenizer_config.json": "processor",
 }
 LIBRARIES = {"model": "transformers", "processor": "transformers", "pipeline": "diffusers", "adapter": "peft"}
+LICENCE = "apache-2.0"  # of weights of which nobody tells another
 TASKS = {"model": "image-text-to-text", "pipeline": "text-to-image"}
 
 
@@ -38,17 +40,17 @@ class KindError(ValueError):
 @dataclass(frozen=True)
 class CardOptions:
     """
-    What a checkpoint's folder cannot tell.
+    What a checkpoint's folder cannot tell; where it is not given, the card that we made earlier tells it.
 
     Args:
-        licence (`str`, *optional*, defaults to `"apache-2.0"`): Licence of the weights.
+        licence (`str`, *optional*): Licence of the weights; `"apache-2.0"` if no card tells another.
         config (`Path`, *optional*): The training stage's YAML.
         metrics (`Path`, *optional*): JSON with figures; `figures.json` of the folder if not given.
         data (`tuple[str, ...]`, *optional*): Hub ids of the datasets it was trained on.
 
     """
 
-    licence: str = "apache-2.0"
+    licence: str = ""
     config: Path | None = None
     metrics: Path | None = None
     data: tuple[str, ...] = ()
@@ -84,6 +86,13 @@ def own_card(folder: Path) -> ModelCard | None:
         raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
 
 
+def licence_of(folder: Path, options: CardOptions) -> str:
+    """A folder's licence: what somebody's card says, else the options, else the card that we made."""
+    card, somebodys = own_card(folder), somebodys_card(folder) is not None
+    told = str((card.data.get("license_name") or card.data.get("license") or "") if card else "")
+    return (told or options.licence or "not told") if somebodys else (options.licence or told or LICENCE)
+
+
 def checkpoint_card(folder: Path, repo_id: str, options: CardOptions) -> str:
     """
     The card of a checkpoint, from its configuration, its training's state, its figures and its measured emissions.
@@ -104,16 +113,22 @@ def checkpoint_card(folder: Path, repo_id: str, options: CardOptions) -> str:
     config = _read_json(folder / "config.json")
     adapter = _read_json(folder / "adapter_config.json")
     base_model = (config.get("language_model") or {}).get("hub_id") or adapter.get("base_model_name_or_path")
-    metrics = dict(_flatten(_read_json(options.metrics or folder / "figures.json")))
+    licence, earlier = licence_of(folder, options), own_card(folder)
+    told = vars(earlier.data) if earlier else {}
+    figures = {result.metric_type: result.metric_value for result in told.get("eval_results") or ()}
+    metrics = dict(_flatten(_read_json(options.metrics or folder / "figures.json"))) or figures
+    datasets = list(options.data or told.get("datasets") or ())
+    stage = re.search(r"\n```yaml\n(.*?)\n```\n", earlier.content if earlier else "", re.DOTALL)
     emissions = _grams_of_carbon(folder / "emissions.csv")
     name = repo_id.rpartition("/")[2]
     data = ModelCardData(
-        license=hub_licence(options.licence),
+        license=hub_licence(licence),
+        license_name=licence if hub_licence(licence) == "other" else None,
         language=["en"],
         library_name=LIBRARIES[kind],
         pipeline_tag=TASKS.get(kind),
         base_model=base_model,
-        datasets=list(options.data) or None,
+        datasets=datasets or None,
         tags=["pegs", "stickers", "empathetic-dialogue"],
         model_name=name,
         eval_results=[
@@ -133,11 +148,11 @@ def checkpoint_card(folder: Path, repo_id: str, options: CardOptions) -> str:
         has_processor=(folder / "processor_config.json").is_file(),
         parts={key: value for key, value in config.items() if isinstance(value, str | int | float) and key[0] != "_"},
         training=_training(folder),
-        training_config=options.config.read_text("utf-8").strip() if options.config else "",
-        data=options.data,
+        training_config=options.config.read_text("utf-8").strip() if options.config else stage[1] if stage else "",
+        data=datasets,
         metrics=metrics,
         emissions=emissions,
-        licence=options.licence,
+        licence=licence,
     )
 
 
@@ -145,9 +160,12 @@ def _read_json(file: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+        values = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object.")
+    return values
 
 
 def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -161,7 +179,8 @@ def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 def _training(folder: Path) -> dict[str, object]:
     """Steps, epochs and last losses of the furthest state that a `Trainer` left in a folder."""
-    states = [_read_json(file) for file in folder.glob("**/trainer_state.json")]
+    files = (file for file in folder.glob("**/trainer_state.json") if "trainer.before" not in file.parts)
+    states = [_read_json(file) for file in files]  # of this run, not of the one that it has moved aside
     state = max(states, key=lambda state: state.get("global_step", 0), default={})
     found = {"steps": state.get("global_step"), "epochs": state.get("epoch")}
     for entry in state.get("log_history", ()):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataset_builders.stickers.export import FREE, LicenceError
 
 
-HUB_LICENCES = ("cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-sa-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit", "apache-2.0", "unlicense", "pddl")  # fmt: skip
+HUB_LICENCES = ("cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-sa-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit", "apache-2.0", "unlicense", "pddl", "bsd-2-clause", "bsd-3-clause", "isc", "ofl-1.1", "gpl-2.0", "gpl-3.0", "lgpl-2.1", "lgpl-3.0")  # fmt: skip
 
 
 def hub_licence(licence: str) -> str:

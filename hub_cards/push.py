@@ -4,7 +4,7 @@ import io
 from collections import Counter
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from dataset_builders.cards import sign_card, somebodys_card
 from dataset_builders.schema import EMOTIONS
@@ -13,7 +13,7 @@ from dataset_builders.stickers.export import check_licence
 from dataset_builders.stickers.pack import StickerPack
 from dataset_builders.stickers.sheet import contact_sheet
 from hub_cards.cards import check_card, render_card, size_category
-from hub_cards.checkpoints import CardOptions, Kind, KindError, checkpoint_card, kind_of, own_card
+from hub_cards.checkpoints import CardOptions, Kind, KindError, checkpoint_card, kind_of, licence_of, own_card
 from hub_cards.dataset import STATISTICS_FILE, describe_dataset, write_dataset_card
 from hub_cards.licences import hub_licence, require_free
 
@@ -64,7 +64,7 @@ def push_folder(
         private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
         have_rights (`bool`, *optional*, defaults to `False`): Publish although a licence does not say that one may.
         tag (`str`, *optional*): Name for this commit, to load it by as `revision=`.
-        options ([`CardOptions`], *optional*): For the card of a checkpoint that has none.
+        options ([`CardOptions`], *optional*): For the card of a checkpoint, unless somebody wrote it.
 
     Returns:
         `str`: Address of the commit.
@@ -94,7 +94,7 @@ def _tag(repo_id: str, repo_type: str, tag: str, commit: str) -> None:
 
 def _push_files(folder: Path, kind: Kind, repo_id: str, private: bool, have_rights: bool, options: CardOptions) -> str:
     require_free(licences_of(folder, options), have_rights)
-    if own_card(folder) is None or (kind == "dataset" and somebodys_card(folder) is None):
+    if own_card(folder) is None or (kind != "space" and somebodys_card(folder) is None):
         write_card(folder, repo_id, options)
     api, repo_type = HfApi(), REPO_TYPES.get(kind, "model")
     sdk = "gradio" if kind == "space" else None
@@ -111,13 +111,11 @@ def _push_files(folder: Path, kind: Kind, repo_id: str, private: bool, have_righ
 
 
 def licences_of(folder: Path, options: CardOptions) -> dict[str, str]:
-    """The licences of what is in a folder, by what they cover: what its own card says, or the options."""
+    """The licences of what is in a folder, by what they cover."""
     kind = kind_of(folder)
     if kind == "dataset":
         return DatasetFolder.load(folder).licences
-    card = own_card(folder)
-    licence = card.data.get("license_name") or card.data.get("license") if card else options.licence
-    return {f"the {kind}": str(licence or "not told")}
+    return {f"the {kind}": licence_of(folder, options)}
 
 
 def write_card(folder: Path, repo_id: str, options: CardOptions) -> None:
@@ -176,11 +174,15 @@ def push_sticker_pack(folder: Path, repo_id: str, private: bool = False, have_ri
     sheet = io.BytesIO()
     images = [pack.image(sticker_id) for sticker_id in shown]
     contact_sheet(images, shown, footer=pack.info.attribution).save(sheet, "PNG", optimize=True)
-    operations = [CommitOperationAdd(name, str(folder / name)) for name in PACK_FILES if (folder / name).is_file()]
+    files = [name for name in PACK_FILES if (folder / name).is_file()]
+    operations: list[CommitOperationAdd | CommitOperationDelete]
+    operations = [CommitOperationAdd(name, str(folder / name)) for name in files]
     operations.append(CommitOperationAdd("assets/sheet.png", sheet.getvalue()))
     card = somebodys_card(folder) or sign_card(sticker_pack_card(pack, repo_id))
     operations.append(CommitOperationAdd("README.md", card.encode()))
     api = HfApi()
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    there = api.list_repo_files(repo_id, repo_type="dataset")
+    operations += [CommitOperationDelete(name) for name in PACK_FILES if name in there and name not in files]
     message = f"Sticker pack {pack.info.name}, version {pack.info.version}"
     return api.create_commit(repo_id, operations, commit_message=message, repo_type="dataset").commit_url

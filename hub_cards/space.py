@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import SpaceCardData
 
 from dataset_builders.cards import sign_card
-from hub_cards.cards import check_card, render, render_card
+from hub_cards.cards import CardError, check_card, check_code, render, render_card, sign_code
 
 
 PYTHON, SDK = "3.11", "6.20.0"
@@ -23,11 +23,18 @@ def write_space(folder: Path, model: str, stickers: str = "openmoji", variant: s
         variant (`str`, *optional*, defaults to `"ret"`): Which variant is chosen at first.
 
     Raises:
-        CardError: If somebody wrote the card that is there.
+        CardError: If somebody wrote a file that is there, or no folder can be.
 
     """
+    values = {"model": model, "stickers": stickers, "variant": variant}
+    code = {"app.py": render("space_app.py.jinja", **values), "requirements.txt": REQUIREMENTS}
     check_card(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in code:
+        check_code(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CardError(f"{folder}: {error.strerror}; expected a folder to write.") from None
     title = f"Chat with {model.rpartition('/')[2]}"
     data = SpaceCardData(
         title=title,
@@ -39,8 +46,7 @@ def write_space(folder: Path, model: str, stickers: str = "openmoji", variant: s
         models=[model],
         tags=["pegs", "stickers"],
     )
-    values = {"model": model, "stickers": stickers, "variant": variant}
-    (folder / "app.py").write_text(render("space_app.py.jinja", **values), "utf-8")
-    (folder / "requirements.txt").write_text(REQUIREMENTS, "utf-8")
+    for name, text in code.items():
+        (folder / name).write_text(sign_code(text), "utf-8")
     card = render_card("space_card", front_matter=data.to_yaml(), title=title, **values)
     (folder / "README.md").write_text(sign_card(card), "utf-8")

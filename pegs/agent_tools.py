@@ -1,20 +1,23 @@
 """What `pegs profiles generate` and `pegs generate` do: Agent4SC with its stickers, models and run folders."""
 
 import asyncio
+import hashlib
 import json
 import math
+import os
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -48,10 +51,11 @@ from agent_generation.session import SessionPlan, Settings
 from agent_generation.tool import Toolbox
 from dataset_builders.schema import Emotion, Profile
 from dataset_builders.stickers.encoder import Encoder, TextEncoder
-from dataset_builders.stickers.pack import StickerPack
-from dataset_builders.stickers.search import digest_texts, open_search
+from dataset_builders.stickers.pack import PackError, StickerPack
+from dataset_builders.stickers.search import StickerSearch, digest_texts, open_search
 from pegs.adapters import EMBEDDED, load_language_model
 from pegs.assemble import CHECKPOINTS, DEFAULT_MODEL, find_pack, load_pack
+from pegs.budget import check_budget
 from pegs.encoder import load_encoder
 from pegs.errors import InputError
 from pegs.sticker_tools import journal_of
@@ -80,6 +84,7 @@ class Writer:
         prices ([`Prices`]): For the cost.
         budget_usd (`float`, *optional*): Hard cap.
         batch_api (`bool`): Whether to ask through the provider's batch API.
+        extra_body (`dict[str, Any]`): Fields for the body of every request.
 
     """
 
@@ -90,6 +95,7 @@ class Writer:
     prices: Prices
     budget_usd: float | None = None
     batch_api: bool = False
+    extra_body: dict[str, Any] = field(default_factory=dict)
 
     def open(self, notes: Path) -> LLM:
         """The model; a batch API's notes are kept in `notes`."""
@@ -97,8 +103,8 @@ class Writer:
             return embedded_writer()
         roles = {role: replace(settings, model=self.role_models.get(role)) for role, settings in ROLES.items()}
         if self.batch_api:
-            return BatchLLM(self.url, self.model, roles, notes=notes)
-        return OpenAILLM(self.url, self.model, roles)
+            return BatchLLM(self.url, self.model, roles, extra_body=self.extra_body, notes=notes)
+        return OpenAILLM(self.url, self.model, roles, extra_body=self.extra_body)
 
 
 def make_writer(
@@ -111,6 +117,7 @@ def make_writer(
     budget_usd: float | None,
     language: str,
     batch_api: bool = False,
+    extra_body: str = "",
 ) -> Writer:
     """
     Who writes, as the command line says it; a batch API costs half.
@@ -121,16 +128,33 @@ def make_writer(
     """
     if llm and not model:
         raise InputError("--model is needed with --llm.")
-    if not llm and (model or role_models or batch_api or language != "en"):
+    if not llm and (model or role_models or batch_api or extra_body or language != "en"):
         raise InputError(
-            "--model, --role-model, --strong-model, --batch-api and --language zh need --llm: the embedded model is small and speaks English."
+            "--model, --role-model, --strong-model, --batch-api, --extra-body and --language zh need --llm: the embedded model is small and speaks English."
         )
-    if budget_usd is not None and not (price_in or price_out):
-        raise InputError("--budget-usd needs --price-in and --price-out to count by.")
+    check_budget(Prices(price_in, price_out), budget_usd)
     half = 0.5 if batch_api else 1.0
     prices = Prices(price_in * half, price_out * half)
     by_role = parse_role_models(role_models)
-    return Writer(llm, model or EMBEDDED["hub_id"], by_role, concurrency, prices, budget_usd, batch_api)
+    extra = parse_extra_body(extra_body)
+    return Writer(llm, model or EMBEDDED["hub_id"], by_role, concurrency, prices, budget_usd, batch_api, extra)
+
+
+def parse_extra_body(text: str) -> dict[str, Any]:
+    """
+    Fields for the body of every request, as a JSON object.
+
+    Raises:
+        InputError: If it is none.
+
+    """
+    try:
+        fields = json.loads(text or "{}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"--extra-body: not JSON ({error}).") from None
+    if not isinstance(fields, dict):
+        raise InputError("--extra-body: expected a JSON object.")
+    return fields
 
 
 def parse_role_models(words: Sequence[str]) -> dict[str, str]:
@@ -219,7 +243,19 @@ def load_toolbox(stickers: str, encoder: Encoder) -> tuple[Toolbox, StickerPack]
         raise InputError(
             f"--stickers {stickers}: the pack must be annotated and split (pegs stickers annotate, split)."
         )
-    return Toolbox(open_search(find_pack(stickers), pack, encoder), pack.databases), pack
+    return Toolbox(search_pack(find_pack(stickers), pack, encoder), pack.databases), pack
+
+
+def search_pack(folder: Path, pack: StickerPack, encoder: Encoder) -> StickerSearch:
+    """Search a pack; vectors that it lacks are kept beside it, or in `$HF_HOME/stickerconv/vectors` where a folder is the Hub's or cannot be written."""
+    try:
+        return StickerSearch.open(folder, pack, encoder)
+    except (FileNotFoundError, PackError):
+        if Path(HF_HUB_CACHE) in folder.parents or not os.access(folder, os.W_OK):
+            name = hashlib.sha256(f"{encoder.name}\n{digest_texts(pack.stickers)}".encode()).hexdigest()[:24]
+            folder = Path(HF_HOME) / "stickerconv" / "vectors" / name
+            folder.mkdir(parents=True, exist_ok=True)
+        return open_search(folder, pack, encoder)
 
 
 def load_profiles(path: Path) -> list[Profile]:

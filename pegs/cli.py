@@ -149,5 +149,12 @@ def main() -> None:
     except InputError as error:
         errors.print(f"pegs: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(2)
+    except ValueError as error:
+        from dataset_builders.stickers.pack import PackError  # of a picture that is read late; takes long to import
+
+        if not isinstance(error, PackError):
+            raise
+        errors.print(f"pegs: {error}", style="red", soft_wrap=True, markup=False)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,6 +16,9 @@ LlmOption = Annotated[
     str, typer.Option("--llm", help="Address of an OpenAI-compatible endpoint; without it, the embedded model writes.")
 ]
 ModelOption = Annotated[str, typer.Option("--model", help="Its model.")]
+ExtraBodyOption = Annotated[
+    str, typer.Option("--extra-body", metavar="JSON", help="Object whose fields go into the body of every request.")
+]
 ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Requests in flight at once.")]
 SeedOption = Annotated[int, typer.Option(help="Same seed, same data.")]
 
@@ -35,6 +38,7 @@ def profiles_generate(
     out: Annotated[Path, typer.Option("--out", help="JSON Lines file to write.")],
     llm: LlmOption = "",
     model: ModelOption = "",
+    extra_body: ExtraBodyOption = "",
     emotions: Annotated[
         str, typer.Option(help="Target distribution: sadness=3,fear=2,...", show_default="all alike")
     ] = "",
@@ -51,7 +55,7 @@ def profiles_generate(
     from pegs.agent_tools import make_profiles, make_writer, parse_shares
 
     shares = parse_shares(emotions) if emotions else dict.fromkeys(EMOTIONS, 1.0)
-    writer = make_writer(llm, model, (), concurrency, price_in, price_out, budget_usd, language)
+    writer = make_writer(llm, model, (), concurrency, price_in, price_out, budget_usd, language, extra_body=extra_body)
     report(make_profiles(count, out, shares, seed, language, writer), as_json, ("profiles", "refused", "out"))
 
 
@@ -75,6 +79,7 @@ def generate(
     stickers: StickersOption = "openmoji",
     llm: LlmOption = "",
     model: ModelOption = "",
+    extra_body: ExtraBodyOption = "",
     strong_model: Annotated[
         str, typer.Option(help="Asked when an agent repeats itself.", show_default="--model")
     ] = "",
@@ -116,7 +121,9 @@ def generate(
 
     user_rate, system_rate = parse_rates([sticker_rate, *(more_rates or [])])
     role_models = [*(role_model or []), *([f"stronger={strong_model}"] if strong_model else [])]
-    writer = make_writer(llm, model, role_models, concurrency, price_in, price_out, budget_usd, language, batch_api)
+    writer = make_writer(
+        llm, model, role_models, concurrency, price_in, price_out, budget_usd, language, batch_api, extra_body
+    )
     settings = Settings(
         user_rate,
         system_rate,

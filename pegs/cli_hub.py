@@ -15,7 +15,10 @@ from pegs.errors import InputError
 PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 RightsOption = Annotated[bool, typer.Option("--i-have-rights", help="I may publish this.")]
 TagOption = Annotated[str, typer.Option("--tag", help="Name for this version, to load it by as revision=.")]
-LicenceOption = Annotated[str, typer.Option("--licence", help="Licence of the weights (SPDX).")]
+LicenceOption = Annotated[
+    str,
+    typer.Option("--licence", help="Licence of the weights (SPDX).", show_default="the card's, else apache-2.0"),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", exists=True, dir_okay=False, help="YAML of the training stage, for the card."),
@@ -54,6 +57,8 @@ def hub_errors(folder: Path, repo_id: str) -> Iterator[None]:
         raise InputError(f"{folder}: {error}; if you hold the rights, say --i-have-rights.") from error
     except OfflineModeIsEnabled as error:
         raise InputError(f"{repo_id}: {str(error).splitlines()[0]}") from error
+    except ModuleNotFoundError as error:  # of a dataset's figures
+        raise InputError(f"{error.name} is not installed: pip install 'stickerconv[chat,dataset]'.") from error
     except ValueError as error:  # the folder, its files, or the repository's name
         raise InputError(str(error)) from error
     except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as error:
@@ -66,6 +71,8 @@ def hub_errors(folder: Path, repo_id: str) -> Iterator[None]:
             raise InputError(f"{repo_id}: {reason}") from error
         typer.echo(f"pegs: {repo_id}: {reason}; run the same command again to go on.", err=True)
         raise typer.Exit(1) from error
+    except FileNotFoundError as error:
+        raise InputError(str(error)) from error
 
 
 def push(
@@ -75,7 +82,7 @@ def push(
     repo_id: Annotated[str, typer.Argument(metavar="HUB_ID", help="user/name.")],
     private: PrivateOption = False,
     tag: TagOption = "",
-    licence: LicenceOption = "apache-2.0",
+    licence: LicenceOption = "",
     config: ConfigOption = None,
     metrics: MetricsOption = None,
     data: DataOption = None,
@@ -95,7 +102,7 @@ def push(
 def card(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What the card is for; with --space, where to write.")],
     repo_id: Annotated[str, typer.Option("--id", help="Hub id it will have.", show_default="the folder's name")] = "",
-    licence: LicenceOption = "apache-2.0",
+    licence: LicenceOption = "",
     config: ConfigOption = None,
     metrics: MetricsOption = None,
     data: DataOption = None,

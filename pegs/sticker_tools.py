@@ -18,6 +18,7 @@ from agent_generation.llm import OpenAILLM
 from agent_generation.tool import annotate_by_neighbours, annotate_sticker, apply_knowledge, filter_sticker
 from dataset_builders.schema import EMOTIONS, Sticker
 from dataset_builders.stickers.pack import StickerPack
+from pegs.budget import check_budget
 from pegs.errors import InputError
 
 
@@ -52,8 +53,7 @@ def ask_about(
         InputError: If the endpoint answers nobody or the budget is used up.
 
     """
-    if endpoint.budget_usd is not None and endpoint.prices == Prices():
-        raise InputError("--budget-usd needs --price-in and --price-out to count by.")
+    check_budget(endpoint.prices, endpoint.budget_usd)
 
     def start(sticker: Sticker) -> Callable[[], Steps]:
         return lambda: make(lambda: pack.image(sticker.id), endpoint.language)

@@ -20,6 +20,7 @@ from agent_generation.engine import Progress as Done
 from agent_generation.llm import ROLES, AnswerError, Form, OpenAILLM, Request, RoleSettings
 from agent_generation.tool import annotate_sticker, picture_part
 from dataset_builders.stickers.pack import StickerPack
+from pegs.budget import check_budget
 from pegs.errors import InputError
 from pegs.evaluation.predict import Prediction, Predictions, Said, SentSticker
 from pegs.evaluation.results import Result, Statistic, make_result, mean_of
@@ -301,8 +302,7 @@ def run_judge(
         InputError: If the judge answers nobody or the budget is used up; what was answered is kept.
 
     """
-    if endpoint.budget_usd is not None and endpoint.prices == Prices():
-        raise InputError("--budget-usd needs --price-in and --price-out to count by.")
+    check_budget(endpoint.prices, endpoint.budget_usd)
     journal_path = journal_of(folder, "judge", endpoint.model)
 
     async def run(journal: Journal) -> tuple[Trial, dict[str, Outcome], Done]:

@@ -346,3 +346,80 @@ def test_unusual_lines_of_a_batchs_output_are_read(tmp_path):
     for body in (b'{"error": {"message": null}}', b'"<html>"', b"null"):
         with Server(lambda _, body=body: (400, body)) as server, pytest.raises(AnswerError, match="status 400: "):
             ask_batch(server, tmp_path)
+
+
+def reasoner(body):
+    """Refuses what GPT-5 models refuse, one thing at a time, and the later ones of them the least effort."""
+    refusals = [("max_tokens", "unsupported_parameter"), ("temperature", "unsupported_value")]
+    refusals += [("reasoning_effort", "unsupported_value")] if body["model"] == "later" else []
+    for name, code in refusals if body["model"] != "usual" else ():
+        if name in body:
+            return 400, json.dumps({"error": {"message": "no", "param": name, "code": code}}).encode()
+    return "fine"
+
+
+@pytest.mark.parametrize("kind", [OpenAILLM, BatchLLM])
+def test_a_model_that_refuses_usual_parameters_is_asked_without_them(tmp_path, kind):
+    roles = {name: RoleSettings(model=name) for name in ("usual", "reasons", "later")}
+    more = {"notes": tmp_path / "batches.json", "linger": 0.05, "poll": 0.01} if kind is BatchLLM else {}
+
+    async def ask_all(llm, said):
+        try:
+            return await asyncio.gather(*(llm.ask(asked(f"{said} {n}", role), n) for n in range(3) for role in roles))
+        finally:
+            await llm.close()
+
+    with Server(reasoner) as server:
+        llm = kind(server.url, "m", roles, **more)
+        assert {reply.text for reply in asyncio.run(ask_all(llm, "first"))} == {"fine"} and llm.in_a_row == 0
+        before = len(server.bodies)
+        asyncio.run(ask_all(llm, "then"))
+    bodies = {body["model"]: {**body, "messages": 0, "seed": 0} for body in server.bodies[before:]}
+    assert len(server.bodies) == before + 9, "what is refused is remembered"
+    common = {"messages": 0, "seed": 0}
+    assert bodies == {
+        "usual": {"model": "usual", "temperature": 0.7, "max_tokens": 150, **common},
+        "reasons": {"model": "reasons", "max_completion_tokens": 150, "reasoning_effort": "minimal", **common},
+        "later": {"model": "later", "max_completion_tokens": 150, **common},
+    }
+
+
+def test_another_400_or_a_refused_extra_field_is_no_reason_to_ask_again():
+    for extra, param in (({}, "seed"), ({"temperature": 2}, "temperature"), ({"model": "x"}, None)):
+        said = json.dumps({"error": {"message": "no", "param": param, "code": "unsupported_value"}}).encode()
+        with (
+            Server(lambda body, said=said: (400, said)) as server,
+            pytest.raises(AnswerError, match="status 400: .*no"),
+        ):
+            asyncio.run(OpenAILLM(server.url, "m", extra_body=extra).ask(asked("x"), 1))
+        assert len(server.bodies) == 1 and server.bodies[0].items() >= extra.items()
+
+
+def test_extra_fields_take_the_place_of_ours_and_bound_the_answer():
+    llm = OpenAILLM("http://x/v1", "m", extra_body={"max_completion_tokens": 900, "top_p": 0.9})
+    body = llm.body(asked("x"), 1)
+    assert (body["max_completion_tokens"], body["top_p"], body["seed"]) == (900, 0.9, 1) and "max_tokens" not in body
+    assert llm.most_tokens("user") == 900 and OpenAILLM("http://x/v1", "m").most_tokens("user") == 150
+
+
+def test_thoughts_are_no_part_of_an_answer():
+    def read(content):
+        return (
+            OpenAILLM("http://x/v1", "m").as_reply({"choices": [{"message": {"content": content}}]}, asked("go")).text
+        )
+
+    for content in ("<think>\nHm {1}.</think>\n\nHi.", "\n<think></think>Hi.", "Hm.</think>Hi."):
+        assert read(content).strip() == "Hi."
+    assert read("Say <think>x</think>") == "Say <think>x</think>" and read("Hi.") == "Hi."
+
+
+def test_half_a_surrogate_pair_is_a_bad_answer_and_no_error_has_one(tmp_path):
+    broken = rb'{"choices": [{"message": {"content": "so \ud83d"}}]}'
+    for answer, said in (((200, broken), "malformed response"), ((400, rb'{"error": {"message": "\ud83d"}}'), r"\?")):
+        with Server(lambda body, answer=answer: answer) as server, pytest.raises(AnswerError, match=said) as raised:
+            asyncio.run(OpenAILLM(server.url, "m").ask(asked("x"), 1))
+        assert str(raised.value).encode()
+    dry = DryLLM()
+    with Server(lambda body: (200, broken) if body["seed"] % 9 == 0 else dry_answer(dry, body)) as server:
+        summary, _ = write_run(tmp_path, OpenAILLM(server.url, "m"), 4)
+    assert summary["sessions"] + summary["failed"] == 4 and summary["unusable_answers"] > 0

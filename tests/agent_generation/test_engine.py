@@ -394,3 +394,16 @@ def test_an_address_that_cannot_be_read_ends_the_run_without_telling_its_passwor
         asyncio.run(OpenAILLM(address, "m").ask(text("x"), 0))
     assert "secret" not in str(raised.value) and raised.value.__suppress_context__
     assert OpenAILLM("http://me:1/secret@host/v1", "m").address == "http://host/v1"
+
+
+def test_an_answer_whose_usage_is_not_told_counts_as_much_as_it_could_have_used(journal):
+    untold = b'{"choices": [{"message": {"content": "hm"}}]}'
+    prices = Prices(prompt=10.0, completion=100.0)
+    with Server(lambda body: (200, untold)) as server:
+        with pytest.raises(BudgetError):
+            run(server, journal, [f"t{i}" for i in range(100)], prices=prices, budget_usd=0.05)
+    prompt_tokens, completion_tokens = journal.paid()
+    assert (
+        completion_tokens == 20 * len(server.bodies) > 0
+        and 0.04 < prices.cost(prompt_tokens, completion_tokens) <= 0.05
+    )

@@ -94,6 +94,11 @@ def test_released_profiles_are_read_and_their_labels_made_tidy(tmp_path):
         file.write_text(json.dumps(rows[0]) + "\n" + bad)
         with pytest.raises(ProfileError, match=f"released.json:2: .*{said}"):
             read_profiles(file)
+    for bad, said in (("[1]", "expected an object."), ("[" * 9999, "not JSON (maximum recursion")):
+        file.write_text(bad)
+        with pytest.raises(ProfileError) as raised:
+            read_profiles(file)
+        assert str(raised.value).startswith(f"{file}:1: {said}")
     file.write_text("")
     with pytest.raises(ProfileError, match="no profiles"):
         read_profiles(file)

@@ -1,6 +1,7 @@
 """Cards say what the folder holds, and what was measured."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from hub_cards.dataset import describe_dataset
 from hub_cards.licences import hub_licence, licence_fields, require_free
 from hub_cards.push import licences_of, write_card
 from hub_cards.space import write_space
+from pegs.cli_hub import card, push
+from pegs.errors import InputError
 
 
 @pytest.fixture
@@ -135,3 +138,74 @@ def test_licences():
         with pytest.raises(LicenceError, match="the licence of it is"):
             require_free({"it": closed}, have_rights=False)
         require_free({"it": closed}, have_rights=True)
+
+
+@pytest.mark.parametrize("licence", ["bsd-3-clause", "Apache-1.1", "GPL-3.0-or-later"])
+def test_a_push_with_any_free_licence_can_be_run_again(checkpoint, licence):
+    options = CardOptions(licence=licence)
+    for _ in range(2):
+        licences = licences_of(checkpoint, options)
+        require_free(licences, have_rights=False)
+        write_card(checkpoint, "ines/pegs", options)
+    assert licences == licences_of(checkpoint, CardOptions()) == {"the model": licence}
+    data = own_card(checkpoint).data
+    assert licence in (data.license, data.get("license_name"))
+
+
+def test_our_own_card_is_made_anew_with_what_is_given_and_keeps_the_rest(checkpoint):
+    (checkpoint / "figures.json").unlink()
+    (checkpoint / "more.json").write_text('{"bleu": 0.5}')
+    given = CardOptions("mit", checkpoint / "joint.yaml", checkpoint / "more.json", ("ines/sc",))
+    write_card(checkpoint, "ines/pegs", given)
+    first = (checkpoint / "README.md").read_text()
+    write_card(checkpoint, "ines/pegs", CardOptions())
+    assert (checkpoint / "README.md").read_text() == first
+    write_card(checkpoint, "ines/other", CardOptions("cc0-1.0", data=("ines/new",)))
+    text, data = (checkpoint / "README.md").read_text(), own_card(checkpoint).data
+    assert (data.license, data.datasets, data.eval_results[0].metric_value) == ("cc0-1.0", ["ines/new"], 0.5)
+    assert "stage: joint" in text and '"ines/other"' in text and "ines/pegs" not in text
+
+
+def test_somebodys_card_without_a_licence_takes_the_one_that_is_given(checkpoint):
+    (checkpoint / "README.md").write_text("Mine.")
+    assert licences_of(checkpoint, CardOptions("mit")) == {"the model": "mit"}
+    assert licences_of(checkpoint, CardOptions()) == {"the model": "not told"}
+    (checkpoint / "README.md").write_text("---\nlicense: isc\n---\nMine.")
+    assert licences_of(checkpoint, CardOptions("mit")) == {"the model": "isc"}
+
+
+@pytest.mark.parametrize("name", ["app.py", "requirements.txt"])
+def test_a_spaces_file_that_somebody_wrote_is_kept(tmp_path, name):
+    write_space(tmp_path, "ines/pegs")
+    write_space(tmp_path, "ines/other")
+    mine = (tmp_path / name).read_text().replace("\n", "  # mine\n", 1)
+    (tmp_path / name).write_text(mine)
+    before = {file: file.read_text() for file in tmp_path.iterdir()}
+    with pytest.raises(CardError, match=f"{name}: somebody wrote this file"):
+        write_space(tmp_path, "ines/third")
+    assert {file: file.read_text() for file in tmp_path.iterdir()} == before
+
+
+def test_bad_input_of_card_and_push_is_one_line(checkpoint, tmp_path, monkeypatch):
+    def told(call, *args, **kwargs):
+        with pytest.raises(InputError) as raised:
+            call(*args, **kwargs)
+        return str(raised.value)
+
+    bad = checkpoint / "bad.json"
+    for text, said in (("[1, 2]", "expected an object."), ("[" * 9999, "not JSON (maximum recursion")):
+        bad.write_text(text)
+        assert told(card, checkpoint, metrics=bad).startswith(f"{bad}: {said}")
+    (checkpoint / "config.json").write_text("[]")
+    assert told(push, checkpoint, "ines/pegs") == f"{checkpoint / 'config.json'}: expected an object."
+    assert told(card, bad, space="a/b") == f"{bad}: File exists; expected a folder to write."
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "pack.yaml").touch()
+    assert told(push, tmp_path / "pack", "ines/pack").endswith(
+        "pack is not a sticker pack: it has no stickers.parquet."
+    )
+    openmoji.build_pack(size=8).save(tmp_path / "openmoji")
+    build_dataset(["mini"], tmp_path / "built", stickers=str(tmp_path / "openmoji"))
+    monkeypatch.delitem(sys.modules, "dataset_builders.stickerconv.figures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert told(card, tmp_path / "built").startswith("matplotlib is not installed: pip install")

@@ -119,3 +119,56 @@ def test_a_closed_licence_is_not_published(hub, pack, tmp_path):
     closed.save(tmp_path / "closed")
     done = run(hub, tmp_path / "up", PUSH, tmp_path / "closed", "tester/closed", check=False)
     assert "LicenceError" in done.stderr and ("datasets", "tester/closed") not in hub.repos
+
+
+def test_a_pack_that_goes_up_again_leaves_nothing_there_that_it_lacks(hub, pack, tmp_path):
+    run(hub, tmp_path / "up", PUSH, pack, "tester/changed")
+    changed = StickerPack.load(pack)
+    StickerPack(changed.info, changed.stickers, changed.images).save(tmp_path / "changed")
+    run(hub, tmp_path / "up", PUSH, tmp_path / "changed", "tester/changed")
+    files = set(hub.files("datasets", "tester/changed"))
+    assert files == {".gitattributes", "README.md", "assets/sheet.png", "pack.yaml", "stickers.parquet"}
+    assert len(hub.repos["datasets", "tester/changed"]) == 3
+
+
+FIND = """
+import numpy as np
+from pegs.agent_tools import load_toolbox
+
+class Encoder:
+    name = "made up"
+    def __call__(self, texts):
+        print("embedded")
+        return np.ones((len(texts), 4), np.float32)
+
+for _ in range(2):
+    load_toolbox("tester/found", Encoder())
+"""
+
+
+def test_vectors_of_a_pack_from_the_hub_are_kept_out_of_its_cache(hub, pack, tmp_path):
+    run(hub, tmp_path / "up", PUSH, pack, "tester/found")
+    home = tmp_path / "down"
+    assert run(hub, home, FIND).stdout.split() == ["embedded"] * 3  # a pack's 2,224 texts, once
+    (kept,) = home.rglob("embeddings.safetensors")
+    assert kept.is_relative_to(home / "stickerconv" / "vectors")
+
+
+AGAIN = """
+from pathlib import Path
+from hub_cards.checkpoints import CardOptions
+from hub_cards.push import push_folder
+for repo, licence in (("tester/one", "bsd-3-clause"), ("tester/one", ""), ("tester/two", "mit")):
+    print(push_folder(Path(sys.argv[1]), repo, options=CardOptions(licence)))
+"""
+
+
+def test_a_push_makes_our_own_card_anew_for_its_address_and_options(hub, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    urls = run(hub, tmp_path / "up", f"import sys{AGAIN}", folder).stdout.split()
+    assert urls[0] == urls[1], "nothing was told anew"
+    cards = [hub.files("models", f"tester/{name}")["README.md"].decode() for name in ("one", "two")]
+    for card, repo, licence in zip(cards, ("tester/one", "tester/two"), ("bsd-3-clause", "mit"), strict=True):
+        assert f'from_pretrained("{repo}"' in card and f"\nlicense: {licence}\n" in card

@@ -1,6 +1,7 @@
 """Agent4SC as its user runs it, against a scripted endpoint."""
 
 import json
+import math
 import os
 import random
 import re
@@ -218,3 +219,26 @@ def test_an_address_that_cannot_be_read_is_told_without_its_password(server, pro
     done = pegs(*generate(server_like, profiles, tmp_path / "run", "-n", 1))
     assert done.returncode == 2 and "Traceback" not in done.stderr and "secret" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("pegs: the endpoint's address cannot be read")
+
+
+def test_extra_fields_reach_the_endpoint(server, profiles, tmp_path):
+    extra, before = {"chat_template_kwargs": {"enable_thinking": False}}, len(server.bodies)
+    done = pegs(*generate(server, profiles, tmp_path / "run", "-n", 1, "--extra-body", json.dumps(extra)))
+    assert done.returncode == 0, done.stderr
+    endpoint = ("--llm", server.url, "--model", "m", "--extra-body", json.dumps(extra))
+    pegs("profiles", "generate", "-n", 1, "--out", tmp_path / "new.jsonl", *endpoint)
+    asked = server.bodies[before:]
+    assert all(body.items() >= extra.items() for body in asked) and any("Draft" in str(body) for body in asked)
+    for bad, said in (("[1]", "expected a JSON object."), ("{", "not JSON"), ("[" * 9999, "not JSON")):
+        with pytest.raises(InputError, match=f"^--extra-body: {re.escape(said)}"):
+            make_writer(server.url, "m", (), 4, 0, 0, None, "en", extra_body=bad)
+
+
+def test_a_budget_is_counted_by_prices_for_both_sides():
+    for prices in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        with pytest.raises(InputError, match="--budget-usd needs --price-in and --price-out"):
+            make_writer("http://x/v1", "m", (), 4, *prices, 5.0, "en")
+    for values, option in (((math.nan, 1, 5), "--price-in nan"), ((1, math.inf, 5), "--price-out inf"), ((1, 1, math.nan), "--budget-usd nan"), ((-1, 1, None), "--price-in -1")):  # fmt: skip
+        with pytest.raises(InputError, match=f"{option}: expected US dollars, from 0."):
+            make_writer("http://x/v1", "m", (), 4, *values, "en")
+    assert make_writer("http://x/v1", "m", (), 4, 1.0, 2.0, 5.0, "en").budget_usd == 5.0
