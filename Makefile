@@ -27,10 +27,10 @@ chat: setup  ## chat in the browser on the embedded default
 	$(BIN)/pegs chat
 
 test: setup browser wordnet  ## run the tests
-	$(BIN)/python -m pytest -n auto -m 'not slow'
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
 
 test-all: setup browser wordnet  ## run all tests, the slow ones too
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 browser:  # Debian's Chromium for the browser tests; they are skipped where there is none and none can be installed
 	@command -v chromium chromium-browser google-chrome >/dev/null || \

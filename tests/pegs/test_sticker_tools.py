@@ -99,7 +99,7 @@ def test_filtering_asks_again_for_the_answers_that_an_outage_took(server, pack):
 
 
 def test_the_budget_counts_what_earlier_commands_spent(server, pack):
-    prices = Prices(completion=1000.0)  # 0.5 USD at most for an annotation
+    prices = Prices(1e-6, 1000.0)  # 0.5 USD at most for an annotation
     long = json.dumps(dict.fromkeys(ANNOTATION, "x " * 60))  # 0.3 USD
     server.script = lambda body: long if "Annotation" in str(body) else script(body)
     for _ in range(4):

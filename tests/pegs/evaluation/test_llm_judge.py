@@ -185,7 +185,7 @@ def test_estimate_and_cap(tmp_path):
 
 
 def test_the_cap_counts_what_earlier_commands_spent(tmp_path):
-    trial, prices = trial_of(make_runs(tmp_path)), Prices(completion=1000.0)  # 0.3 USD at most for an answer
+    trial, prices = trial_of(make_runs(tmp_path)), Prices(1e-6, 1000.0)  # 0.3 USD at most for an answer
     with Server(lambda body: json.dumps({"reason": "r " * 200, "score": 3})) as server:  # 0.2 USD
         for _ in range(3):
             with pytest.raises(InputError, match="budget of 0.75 USD is used up"):
