@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -140,11 +141,9 @@ def load_pipeline(
         InputError: If the checkpoint or the pack cannot be read, the variant is unknown, or there is no such device.
 
     """
-    folder = resolve_checkpoint(model, revision)
     pack = load_pack(stickers)
+    folder, pegs, processor = load_model(model, revision)
     try:
-        pegs = AutoModel.from_pretrained(folder)
-        processor = AutoProcessor.from_pretrained(folder)
         if variant is not None:
             pegs.config.check_variant(variant)
         decoder = None
@@ -153,25 +152,52 @@ def load_pipeline(
             decoder.set_progress_bar_config(disable=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"--model {model}: {' '.join(str(error).split())}") from error
-    if not isinstance(pegs, PegsModel):
-        raise InputError(f"--model {model}: holds a {type(pegs).__name__}, not a PegsModel.")
     pegs.merge()
     if variant in ("gen", "rag") and decoder is None:
         raise InputError(
             f"--model {model}: has no model_index.json of a sticker decoder, which --variant {variant} needs."
         )
-    try:
-        pegs.to(device)
-        if decoder is not None:
-            decoder.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    move(pegs, device)
+    if decoder is not None:
+        move(decoder, device)
     retrieves = pegs.config.num_retrieval_tokens > 0
     embeds = embed_pack(pegs, processor, pack) if retrieves else torch.zeros(len(pack.stickers), 0)
     try:
         return PegsPipeline(pegs, processor, pack, embeds, decoder, caption_encoder(decoder))
     except ValueError as error:
         raise InputError(f"--model {model}: {error}") from error
+
+
+def load_model(model: str | os.PathLike, revision: str | None = None) -> tuple[Path, PegsModel, PegsProcessor]:
+    """
+    A PEGS checkpoint's folder, its model and its processor; see [`load_pipeline`].
+
+    Raises:
+        InputError: If it cannot be read, or holds another model.
+
+    """
+    folder = resolve_checkpoint(model, revision)
+    try:
+        pegs, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"--model {model}: {' '.join(str(error).split())}") from error
+    if not isinstance(pegs, PegsModel):
+        raise InputError(f"--model {model}: holds a {type(pegs).__name__}, not a PegsModel.")
+    return folder, pegs, processor
+
+
+def move(part: Any, device: str) -> None:
+    """
+    Move a model or a pipeline.
+
+    Raises:
+        InputError: If there is no such device.
+
+    """
+    try:
+        part.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def check_rate(model: PegsModel, sticker_rate: float | None) -> None:

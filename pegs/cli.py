@@ -146,14 +146,12 @@ def main() -> None:
     quiet_libraries()
     try:
         app()
-    except InputError as error:
-        errors.print(f"pegs: {error}", style="red", soft_wrap=True, markup=False)
-        sys.exit(2)
     except ValueError as error:
-        from dataset_builders.stickers.pack import PackError  # of a picture that is read late; takes long to import
+        if not isinstance(error, InputError):
+            from dataset_builders.stickers.pack import PackError  # of a picture that is read late; slow to import
 
-        if not isinstance(error, PackError):
-            raise
+            if not isinstance(error, PackError):
+                raise
         errors.print(f"pegs: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -117,7 +117,7 @@ def evaluate_predict(
         raise InputError(f"--replies does not go with --variant {variant}.")
     chosen = read_split(sessions, split, limit)
     repeated = read_predictions(replies) if replies is not None else None
-    from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline, resolve_checkpoint
+    from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline, move, resolve_checkpoint
 
     pack = load_pack(stickers)
     turns = list(system_turns(chosen, pack))
@@ -148,10 +148,7 @@ def evaluate_predict(
         if variant == "tool":
             pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, device=device, revision=revision)
             decoder, length = pipeline.decoder, pipeline.model.config.prompt_length
-        try:
-            language_model.to(device)  # type: ignore[arg-type]
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        move(language_model, device)
         predictor = BaselinePredictor(language_model, tokenizer, pack, name or f"baseline-{variant}", decoder, length)
     else:
         pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant, device, revision)

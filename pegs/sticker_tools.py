@@ -150,25 +150,14 @@ def annotate_pack_locally(pack: StickerPack, reference: StickerPack, model_name:
         InputError: If the model cannot be read.
 
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModel, AutoProcessor
-
-    from modeling_pegs import PegsModel
-    from pegs.assemble import embed_pictures, resolve_checkpoint
+    from pegs.assemble import embed_pictures, load_model
     from pegs.training.text_states import embed_sentences
 
     wanted = [sticker for sticker in pack.stickers if again or not sticker.emotion or not sticker.description]
     if not wanted:
         pack.save(out)
         return {"pack": str(out), "annotated": 0, "failed": {}}
-    folder = resolve_checkpoint(model_name)
-    try:
-        model = AutoModel.from_pretrained(folder, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"--model {model_name}: {' '.join(str(error).split())}") from error
-    if not isinstance(model, PegsModel):
-        raise InputError(f"--model {model_name}: holds a {type(model).__name__}, not a PegsModel.")
+    _, model, processor = load_model(model_name)
     known = [sticker for sticker in reference.stickers if sticker.emotion]
     known_vectors = embed_pictures(model, processor, reference, known)
     vectors = embed_pictures(model, processor, pack, wanted)
