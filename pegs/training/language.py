@@ -131,6 +131,8 @@ class LanguageArguments:
             raise ValueError(f"`pairs` are for captions or requests, not for {self.data}.")
         if self.pairs and self.data == "requests" and self.negatives == "pack":
             raise ValueError("Streamed `pairs` are not known beforehand: `negatives` must be batch.")
+        if self.pairs and self.trainer.get("max_steps", 0) <= 0:
+            raise ValueError("Streamed `pairs` have no length: `trainer` needs `max_steps`.")
         sees = any(name.startswith("vision_model") for name in self.trainable)
         if sees and self.data in ("requests", "sessions") and self.negatives == "pack":
             raise ValueError("Features of a pack's stickers are computed once: where `vision_model` is `trainable`, `negatives` must be batch.")  # fmt: skip
@@ -544,7 +546,7 @@ def freeze_except(model: torch.nn.Module, prefixes: list[str]) -> dict[str, int]
         `dict[str, int]`: How many parameters each prefix names.
 
     Raises:
-        ConfigError: If a prefix names no parameter.
+        ConfigError: If a prefix names no parameter, or there is none.
 
     """
     found = dict.fromkeys(prefixes, 0)
@@ -556,5 +558,7 @@ def freeze_except(model: torch.nn.Module, prefixes: list[str]) -> dict[str, int]
     for prefix, count in found.items():
         if not count:
             raise ConfigError(f"`trainable` {prefix!r} names no parameter.")
+    if not found:
+        raise ConfigError("`trainable` is empty: it must name the parameters that learn.")
     logger.info("trainable parameters: %s", found)
     return found

@@ -156,16 +156,15 @@ def train_sft(args: SftArguments) -> None:
         )
     if config.n_gpu > 1:
         raise ConfigError("several GPUs take a process each: start it by `accelerate launch`")
-    with reading("lora"):
-        lora = LoraConfig(task_type="CAUSAL_LM", **args.lora)
-    trainer = AnswerTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list([{"messages": chat} for chat in short]),
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[LogLine()],
-    )
+    with reading("lora or trainer"):
+        trainer = AnswerTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list([{"messages": chat} for chat in short]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", **args.lora),
+            callbacks=[LogLine()],
+        )
     trainer.train(resume_from_checkpoint=checkpoint_of(key, config))
     assert isinstance(trainer.model, PeftModel)
     if trainer.is_world_process_zero():

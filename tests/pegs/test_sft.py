@@ -13,7 +13,7 @@ from modeling_pegs.backbones import find_language_model
 from pegs.adapters import EMBEDDED, load_adapted, load_language_model
 from pegs.errors import InputError
 from pegs.training import sft
-from pegs.training.stages import build_arguments, load_config
+from pegs.training.stages import ConfigError, build_arguments, load_config
 from tests.pegs.test_training import ROOT
 
 
@@ -90,6 +90,13 @@ def test_another_run_starts_afresh_and_a_checkpoint_that_was_cut_is_no_hindrance
         (checkpoints / "checkpoint-2" / "trainer_state.json").write_text("{")
     assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
     assert not all(tensor.equal(weights[2][name]) for name, tensor in weights[0].items())
+
+
+def test_lora_that_matches_no_module_is_named(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(sft, "load_mini", lambda split: load_mini(split)[:4])
+    trainer, lora = {"max_length": 512, "bf16": False}, {"target_modules": ["none_such"]}
+    with pytest.raises(ConfigError, match=r"lora or trainer: .*none_such"):
+        sft.train_sft(sft.SftArguments("text", str(tmp_path / "out"), lora=lora, trainer=trainer))
 
 
 def test_the_loss_of_answers_goes_through_the_wrapped_models_forward(tmp_path, tiny_model, tokenizer):

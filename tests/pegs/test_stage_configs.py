@@ -226,6 +226,7 @@ def test_accelerate_reads_its_configurations(name, kind):
     ({"negatives": "none"}, "must be pack or batch, got 'none'"),
     ({"data": "texts", "pairs": ["a.tar"]}, "are for captions or requests, not for texts"),
     ({"data": "requests", "pairs": ["a.tar"]}, "`negatives` must be batch"),
+    ({"pairs": ["a.tar"]}, "`trainer` needs `max_steps`"),
     ({"data": "sessions", "trainable": ["vision_model"]}, "`vision_model` is `trainable`, `negatives` must be batch"),
 ])  # fmt: skip
 def test_what_cannot_be_is_named(changes, message):

@@ -88,6 +88,7 @@ LOOP = {"output_dir": "out", "max_steps": 1, "batch_size": 1, "learning_rate": 1
     ({**LANGUAGE, "sessions": ""}, "sessions or stickers: KeyError"),
     ({**LANGUAGE, "text_encoder": "nowhere/there/is"}, "text_encoder nowhere/there/is: "),
     ({**LANGUAGE, "trainable": ["tail"]}, "`trainable` 'tail' names no parameter"),
+    ({**LANGUAGE, "trainable": []}, "`trainable` is empty"),
     ({**LANGUAGE, "data": "captions", "pairs": ["no.tar"], "trainer": {"max_steps": 1}}, "pairs: .*no.tar"),
     ({**LANGUAGE, "stickers": "nowhere/there/is"}, "nowhere/there/is"),
     ({**LANGUAGE, "sessions": "no.jsonl"}, "sessions: .*no.jsonl"),
