@@ -55,8 +55,8 @@ from dataset_builders.stickers.pack import PackError, StickerPack
 from dataset_builders.stickers.search import StickerSearch, digest_texts, open_search
 from pegs.adapters import EMBEDDED, load_language_model
 from pegs.assemble import CHECKPOINTS, DEFAULT_MODEL, find_pack, load_pack
-from pegs.budget import check_budget
 from pegs.encoder import load_encoder
+from pegs.endpoint import check_budget, parse_extra_body
 from pegs.errors import InputError
 from pegs.sticker_tools import journal_of
 
@@ -138,23 +138,6 @@ def make_writer(
     by_role = parse_role_models(role_models)
     extra = parse_extra_body(extra_body)
     return Writer(llm, model or EMBEDDED["hub_id"], by_role, concurrency, prices, budget_usd, batch_api, extra)
-
-
-def parse_extra_body(text: str) -> dict[str, Any]:
-    """
-    Fields for the body of every request, as a JSON object.
-
-    Raises:
-        InputError: If it is none.
-
-    """
-    try:
-        fields = json.loads(text or "{}")
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"--extra-body: not JSON ({error}).") from None
-    if not isinstance(fields, dict):
-        raise InputError("--extra-body: expected a JSON object.")
-    return fields
 
 
 def parse_role_models(words: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from pegs.cli_stickers import BudgetOption, JsonOption, LanguageOption, PriceInOption, PriceOutOption, StickersOption
+from pegs.cli_stickers import (
+    BudgetOption,
+    ExtraBodyOption,
+    JsonOption,
+    LanguageOption,
+    PriceInOption,
+    PriceOutOption,
+    StickersOption,
+)
 from pegs.errors import InputError
 
 
@@ -16,9 +24,6 @@ LlmOption = Annotated[
     str, typer.Option("--llm", help="Address of an OpenAI-compatible endpoint; without it, the embedded model writes.")
 ]
 ModelOption = Annotated[str, typer.Option("--model", help="Its model.")]
-ExtraBodyOption = Annotated[
-    str, typer.Option("--extra-body", metavar="JSON", help="Object whose fields go into the body of every request.")
-]
 ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Requests in flight at once.")]
 SeedOption = Annotated[int, typer.Option(help="Same seed, same data.")]
 

@@ -15,6 +15,7 @@ from pegs.cli_stickers import (
     BudgetOption,
     ConcurrencyOption,
     DeviceOption,
+    ExtraBodyOption,
     JsonOption,
     LanguageOption,
     LlmModelOption,
@@ -234,6 +235,7 @@ def evaluate_llm(
     predictions: PredictionsArgument,
     llm: Annotated[str, typer.Option(help="Address of an OpenAI-compatible endpoint.")],
     model: LlmModelOption,
+    extra_body: ExtraBodyOption = "",
     out: ResultsOption = Path("results"),
     turns: Annotated[int, typer.Option(min=0, help="So many sampled turns, the same of all models; 0 for all.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
@@ -251,16 +253,17 @@ def evaluate_llm(
     as_json: JsonOption = False,
 ) -> None:
     """Empathy, consistency and rank by a judge (section 5.3); run it again to go on, every answer is kept."""
+    from agent_generation.engine import Prices
     from pegs.assemble import load_pack
+    from pegs.endpoint import Endpoint, parse_extra_body
     from pegs.evaluation import llm_judge
     from pegs.evaluation.predict import common_turns, read_all
     from pegs.evaluation.results import result_files, write_result
-    from pegs.sticker_tools import Endpoint, Prices
 
     runs = read_all(predictions)
     keys = llm_judge.sample_turns(common_turns(runs), turns, seed)
     trial = llm_judge.Trial(tuple(run.only(keys) for run in runs), load_pack(stickers), show_stickers, language)
-    prices = Prices(price_in, price_out)
+    prices, extra = Prices(price_in, price_out), parse_extra_body(extra_body)
     if estimate:
         expected = llm_judge.estimate(trial, prices)
         typer.echo(
@@ -271,7 +274,7 @@ def evaluate_llm(
     with Console(stderr=True).status("asking") as status:
         results, cost = llm_judge.run_judge(
             trial,
-            Endpoint(llm, model, concurrency, budget_usd, prices, language),
+            Endpoint(llm, model, concurrency, budget_usd, prices, language, extra),
             out,
             lambda stage, total, done: status.update(f"{stage}: {done.tasks} of {total}, {done.cost_usd:.4f} USD"),
         )

@@ -26,6 +26,9 @@ StickersOption = Annotated[str, typer.Option("--stickers", help="Sticker pack: a
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PackOption = Annotated[Path, typer.Option("--pack", help="Folder of the pack.")]
 LlmModelOption = Annotated[str, typer.Option("--model", help="Its model.")]
+ExtraBodyOption = Annotated[
+    str, typer.Option("--extra-body", metavar="JSON", help="Object whose fields go into the body of every request.")
+]
 ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Requests at once.")]
 BudgetOption = Annotated[float | None, typer.Option(help="Stop before the cost passes this; needs prices.")]
 PriceInOption = Annotated[float, typer.Option(help="US dollars for a million prompt tokens.")]
@@ -139,6 +142,7 @@ def stickers_filter(
     out: Annotated[Path, typer.Option("--out", help="Folder of the smaller pack.")],
     llm: Annotated[str, typer.Option(help="Address of an OpenAI-compatible endpoint with image input.")],
     model: LlmModelOption,
+    extra_body: ExtraBodyOption = "",
     concurrency: ConcurrencyOption = 16,
     budget_usd: BudgetOption = None,
     price_in: PriceInOption = 0.0,
@@ -147,10 +151,13 @@ def stickers_filter(
     as_json: JsonOption = False,
 ) -> None:
     """Keep the stickers that a vision-language model finds fit for casual chat, three times of five at least."""
-    from pegs.sticker_tools import Endpoint, Prices, filter_pack
+    from agent_generation.engine import Prices
+    from pegs.endpoint import Endpoint, parse_extra_body
+    from pegs.sticker_tools import filter_pack
 
     check_folder(out)
-    endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language)
+    extra, prices = parse_extra_body(extra_body), Prices(price_in, price_out)
+    endpoint = Endpoint(llm, model, concurrency, budget_usd, prices, language, extra)
     with pack_errors():
         result = filter_pack(open_pack(pack), endpoint, out)
     report(result, as_json, ("stickers", "refused", "ties", "unknown_answers"))
@@ -169,6 +176,7 @@ def stickers_annotate(
         ),
     ] = "",
     model: Annotated[str, typer.Option(help="Its model; without --llm, a PEGS checkpoint.")] = "",
+    extra_body: ExtraBodyOption = "",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the annotated pack.", show_default="the same")
     ] = None,
@@ -181,16 +189,21 @@ def stickers_annotate(
     as_json: JsonOption = False,
 ) -> None:
     """Write emotion, description, feeling, recommendation and tags for the stickers that have none."""
-    from pegs.sticker_tools import Endpoint, Prices, annotate_pack, annotate_pack_locally
+    from agent_generation.engine import Prices
+    from pegs.endpoint import Endpoint, parse_extra_body
+    from pegs.sticker_tools import annotate_pack, annotate_pack_locally
 
     if llm and not model:
         raise InputError("--model is needed with --llm.")
+    if extra_body and not llm:
+        raise InputError("--extra-body needs --llm.")
+    extra = parse_extra_body(extra_body)
     out = out or pack
     check_folder(out)
     with pack_errors():
         opened = open_pack(pack)
         if llm:
-            endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language)
+            endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language, extra)
             result = annotate_pack(opened, endpoint, out, again)
         else:
             from pegs.assemble import DEFAULT_MODEL, load_pack

@@ -4,7 +4,6 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,30 +11,18 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Prices, Steps
+from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Steps
 from agent_generation.engine import Progress as Done
 from agent_generation.llm import OpenAILLM
 from agent_generation.tool import annotate_by_neighbours, annotate_sticker, apply_knowledge, filter_sticker
 from dataset_builders.schema import EMOTIONS, Sticker
 from dataset_builders.stickers.pack import StickerPack
-from pegs.budget import check_budget
+from pegs.endpoint import Endpoint, check_budget
 from pegs.errors import InputError
 
 
 NEIGHBOURS = 5
 Make = Callable[[Callable[[], Image.Image], str], Steps]
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where to ask, and within what bounds."""
-
-    url: str
-    model: str
-    concurrency: int
-    budget_usd: float | None
-    prices: Prices
-    language: str
 
 
 def journal_of(folder: Path, work: str, model: str) -> Path:
@@ -61,7 +48,7 @@ def ask_about(
     async def run(journal: Journal, bar: Progress) -> tuple[dict[str, Outcome], Done]:
         row = bar.add_task(step, total=len(stickers), cost=0.0)
         engine = Engine(
-            OpenAILLM(endpoint.url, endpoint.model),
+            OpenAILLM(endpoint.url, endpoint.model, extra_body=endpoint.extra_body),
             journal,
             endpoint.concurrency,
             prices=endpoint.prices,

@@ -15,17 +15,17 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, create_model
 from scipy.stats import f, kendalltau
 
-from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Steps, most_prompt_tokens
+from agent_generation.engine import ENDS_A_RUN, Engine, Journal, Outcome, Prices, Steps, most_prompt_tokens
 from agent_generation.engine import Progress as Done
 from agent_generation.llm import ROLES, AnswerError, Form, OpenAILLM, Request, RoleSettings
 from agent_generation.tool import annotate_sticker, picture_part
 from dataset_builders.stickers.pack import StickerPack
-from pegs.budget import check_budget
+from pegs.endpoint import Endpoint, check_budget
 from pegs.errors import InputError
 from pegs.evaluation.predict import Prediction, Predictions, Said, SentSticker
 from pegs.evaluation.results import Result, Statistic, make_result, mean_of
 from pegs.evaluation.templates import render_prompt
-from pegs.sticker_tools import Endpoint, Prices, journal_of
+from pegs.sticker_tools import journal_of
 
 
 SCORINGS = 5  # of each reply and metric (appendix D.2)
@@ -308,7 +308,7 @@ def run_judge(
     async def run(journal: Journal) -> tuple[Trial, dict[str, Outcome], Done]:
         stage, total = "describing stickers", 0
         engine = Engine(
-            OpenAILLM(endpoint.url, endpoint.model, JUDGE),
+            OpenAILLM(endpoint.url, endpoint.model, JUDGE, extra_body=endpoint.extra_body),
             journal,
             endpoint.concurrency,
             prices=endpoint.prices,

@@ -1,5 +1,6 @@
 """Filtering and annotating a pack, against a scripted endpoint."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,9 @@ from PIL import Image
 from agent_generation.engine import Prices, seed_of
 from dataset_builders.stickers.build import build_from_source
 from dataset_builders.stickers.pack import StickerPack
+from pegs.endpoint import Endpoint
 from pegs.errors import InputError
-from pegs.sticker_tools import Endpoint, annotate_pack, annotate_pack_locally, filter_pack
+from pegs.sticker_tools import annotate_pack, annotate_pack_locally, filter_pack
 from tests.fixtures.llm_server import Server
 
 
@@ -82,6 +84,14 @@ def test_the_same_command_tries_again_what_failed_and_nothing_else(server, pack,
     mended = annotate(server, pack, again)
     assert mended["failed"] == {} and mended["calls"] == 2
     assert all(sticker.emotion for sticker in StickerPack.load(pack).stickers)
+
+
+def test_extra_fields_reach_the_endpoint(server, pack):
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    asked = dataclasses.replace(endpoint(server), extra_body=extra)
+    annotate_pack(StickerPack.load(pack), asked, pack, again=False)
+    filter_pack(StickerPack.load(pack), asked, pack.parent / "kept")
+    assert len(server.bodies) == 51 and all(body.items() >= extra.items() for body in server.bodies)
 
 
 def test_filtering_asks_again_for_the_answers_that_an_outage_took(server, pack):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from agent_generation.engine import Prices
+from pegs.endpoint import Endpoint
 from pegs.errors import InputError
 from pegs.evaluation import llm_judge
 from pegs.evaluation.llm_judge import Trial, latin_square, position_bias, ranks_of
-from pegs.sticker_tools import Endpoint
 from tests.fixtures.llm_server import Server
 from tests.pegs.evaluation import make
 
@@ -252,13 +252,14 @@ def test_the_command_estimates_judges_and_stops_at_the_cap(tmp_path):
         return make.pegs("llm", *files, "--out", tmp_path / "results", "--stickers", tmp_path / "pack", *args)
 
     with Server(judge()) as server:
-        endpoint = ("--llm", server.url, "--model", "scripted")
+        endpoint = ("--llm", server.url, "--model", "scripted", "--extra-body", '{"top_k": 1}')
         guess = pegs(*endpoint, "--estimate", "--price-in", "1", "--price-out", "2", "--json")
         assert guess.returncode == 0 and json.loads(guess.stdout)["calls"] == 88 and not server.bodies, guess.stderr
         stopped = pegs(*endpoint, "--budget-usd", "0.000001", "--price-in", "1", "--price-out", "2")
         assert stopped.returncode == 2 and "the budget of 1e-06 USD is used up" in stopped.stderr
         done = pegs(*endpoint, "--json")
     assert done.returncode == 0, done.stderr
+    assert all(body["top_k"] == 1 for body in server.bodies)
     found = json.loads(done.stdout)
     assert found["cost"]["calls"] == 88 and [row["metrics"]["rank"]["value"] for row in found["results"]] == [1, 2, 3, 4]  # fmt: skip
     assert found["results"][0]["settings"]["judge"] == "scripted"
