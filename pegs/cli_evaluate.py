@@ -324,13 +324,14 @@ def human_serve(
     from pegs.evaluation.predict import read_all
 
     with told("preparing", 1):
-        from pegs.evaluation.questionnaire import serve_study
+        from pegs.evaluation.questionnaire import make_app
+        from pegs.web import serve_app
 
         opened = begin_study(study, read_all(predictions or []), load_pack(stickers), raters, sessions, seed)
     for rater, token in opened.links():
         typer.echo(f"rater {rater}: {address.rstrip('/') or f'http://{host}:{port}'}/r/{token}")
     try:
-        serve_study(opened, host, port)
+        serve_app(make_app(opened), host, port)  # addresses hold the raters' keys, and are not logged
     except OSError as error:
         raise InputError(f"--host {host} --port {port}: {error.strerror}.") from None
 

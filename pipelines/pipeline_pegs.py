@@ -70,6 +70,8 @@ class PegsReply:
         blocked (`str`, *optional*): Why the safety check refused every drawing; the retrieved sticker is sent instead.
         seed (`int`): Seed of text and drawing.
         seconds (`dict[str, float]`): Time spent on `text` and `sticker`.
+        tokens (`dict[str, int]`): How many were read as `prompt` and said as `text`.
+        was_cut (`bool`): Whether the text came to its longest length before its end.
         rank (`float`, *optional*): Share of the pack's stickers that the best drawing resembles less than it resembles the reply, in [0, 1].
 
     """
@@ -83,6 +85,8 @@ class PegsReply:
     blocked: str | None
     seed: int
     seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    was_cut: bool = False
     rank: float | None = None
 
 
@@ -262,6 +266,7 @@ class PegsPipeline:
             torch.manual_seed(seed)  # transformers samples from the global generator only
             output = self.model.generate(**inputs, **generate_kwargs)
         new_ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+        special = set(self.processor.tokenizer.all_special_ids)
         reply = PegsReply(
             text=self.processor.decode(new_ids, skip_special_tokens=True).strip(),
             sticker=None,
@@ -272,6 +277,8 @@ class PegsPipeline:
             blocked=None,
             seed=seed,
             seconds={"text": time.perf_counter() - started},
+            tokens={"prompt": inputs["input_ids"].shape[1], "text": sum(i not in special for i in new_ids.tolist())},
+            was_cut=bool(output.sticker_logit.isnan()[0]),
         )
         started = time.perf_counter()
         if output.sticker_mask[0]:

@@ -1,6 +1,5 @@
 """The questionnaire's web pages (Figure 12): a secret link a rater, every answer saved when it is given."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -16,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pegs.evaluation.human import QUESTIONS, AnswerRefused, Study
 from pegs.evaluation.templates import render_page
+from pegs.web import read_body
 
 
 MAX_FORM = 4096  # bytes
@@ -104,11 +104,7 @@ def make_app(study: Study) -> Starlette:
         return RedirectResponse(f"/r/{request.path_params['token']}{following}", 303)
 
     async def answer(request: Request) -> Response:
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_FORM:
-                raise HTTPException(413)
+        body = await read_body(request, MAX_FORM)
         try:
             form = dict(parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=20))
         except ValueError:
@@ -141,19 +137,3 @@ def make_app(study: Study) -> Starlette:
         Route("/r/{token}/{position}", answer, methods=["POST"]),
     ]
     return Starlette(routes=routes, middleware=[Middleware(SafeHeaders)], exception_handlers=handlers)  # type: ignore[arg-type]
-
-
-def serve_study(study: Study, host: str, port: int) -> None:
-    """
-    Serve the questionnaire until interrupted; addresses, which hold the raters' keys, are not logged.
-
-    Raises:
-        OSError: If the port is taken.
-
-    """
-    import uvicorn
-
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, port), family=family)  # uvicorn itself would end the process
-    config = uvicorn.Config(make_app(study), log_level="warning", access_log=False, server_header=False)
-    uvicorn.Server(config).run(sockets=[listening])

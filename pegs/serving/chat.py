@@ -1,14 +1,12 @@
 """Chat in the browser."""
 
-from collections import OrderedDict
-
 import gradio as gr
 from PIL import Image, ImageOps
 
-from modeling_pegs import PegsCache
 from modeling_pegs.processing_pegs import StickerImageError, load_sticker
 from pegs.errors import InputError
 from pegs.messages import MAX_CHARACTERS
+from pegs.serving.caches import ConversationCaches
 from pipelines.pipeline_pegs import PegsPipeline, PegsReply
 
 
@@ -22,7 +20,6 @@ CSS = """
 #attribution p { font-size: .8rem; }
 """
 SHOWN = 200  # of a shelf of the pack
-MOST_CACHES = 8  # conversations whose next turn reads only what is new, about 25 MB each
 EXAMPLES = [
     "my dog died yesterday",
     "i got the job!!",
@@ -56,7 +53,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
     usual = getattr(settings, "sticker_rate", None) if sticker_rate is None else sticker_rate
     has_slider = getattr(settings, "sticker_logit_quantiles", None) is not None and isinstance(usual, int | float)
     choices = [(label, name) for label, name in VARIANTS if pipeline.serves(name)]
-    caches: OrderedDict[str | None, PegsCache | None] = OrderedDict()
+    caches = ConversationCaches(pipeline.model)
 
     def send(
         text: str,
@@ -92,7 +89,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         shown = [*shown, *show_user(text, picture)]
         yield shown, shown, history, "", None, None
         session = request.session_hash
-        cache = caches.pop(session) if session in caches else pipeline.model.new_cache()
+        cache = caches.take(session)
         try:
             reply = pipeline(
                 messages,
@@ -105,9 +102,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
         except Exception as error:  # whatever it was, the conversation goes on
             yield before
             raise gr.Error(str(error)) from error
-        caches[session] = cache
-        while len(caches) > MOST_CACHES:
-            caches.popitem(last=False)
+        caches.keep(session, cache)
         answer = [{"type": "text", "text": reply.text}]
         if reply.sticker is not None:
             answer.append({"type": "image", "image": reply.sticker})
@@ -163,7 +158,7 @@ def build_chat(pipeline: PegsPipeline, variant: str, sticker_rate: float | None 
 
     def forget(request: gr.Request) -> None:
         """Drop what the model has read of a conversation."""
-        caches.pop(request.session_hash, None)
+        caches.forget(request.session_hash)
 
     def clear(request: gr.Request):
         """Start over."""

@@ -12,7 +12,8 @@ from gradio.route_utils import delete_files_created_by_app
 
 from pegs.errors import InputError
 from pegs.serving import terminal
-from pegs.serving.chat import MOST_CACHES, build_chat, serve_chat
+from pegs.serving.caches import MOST_CACHES
+from pegs.serving.chat import build_chat, serve_chat
 from pipelines.pipeline_pegs import PegsReply, TooLongError
 from tests.fixtures import tiny
 from tests.pegs.evaluation import make
