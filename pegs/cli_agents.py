@@ -66,15 +66,19 @@ def profiles_generate(
 
 @profiles_app.command("seeds", epilog="Example: pegs profiles seeds --out seeds.jsonl")
 def profiles_seeds(
-    out: Annotated[Path, typer.Option("--out", help="JSON Lines file to write.")], language: LanguageOption = "en"
+    out: Annotated[Path, typer.Option("--out", help="JSON Lines file to write.")],
+    language: LanguageOption = "en",
+    as_json: JsonOption = False,
 ) -> None:
     """Write the seed profiles, to start from without a model."""
     from agent_generation.profile import ProfileError, seed_profiles, write_profiles
 
+    seeds = seed_profiles(language)
     try:
-        write_profiles(out, seed_profiles(language))
+        write_profiles(out, seeds)
     except ProfileError as error:
         raise InputError(str(error)) from error
+    report({"profiles": len(seeds), "out": str(out)}, as_json, ("profiles", "out"))
 
 
 def generate(

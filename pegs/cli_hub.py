@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from pegs.cli_stickers import JsonOption
 from pegs.errors import InputError
@@ -94,7 +95,7 @@ def push(
     from hub_cards.push import push_folder
 
     options = CardOptions(licence, config, metrics, tuple(data or ()))
-    with hub_errors(folder, repo_id):
+    with hub_errors(folder, repo_id), Console(stderr=True).status("pushing"):
         url = push_folder(folder, repo_id, private, i_have_rights, tag, options)
     typer.echo(json.dumps({"url": url}) if as_json else f"url: {url}")
 
@@ -109,6 +110,7 @@ def card(
     space: Annotated[str, typer.Option("--space", help="Write a Space that chats with this published model.")] = "",
     stickers: Annotated[str, typer.Option("--stickers", help="Its sticker pack: openmoji or a Hub id.")] = "openmoji",
     variant: Annotated[Literal["ret", "gen", "rag"], typer.Option("--variant", help="Its first variant.")] = "ret",
+    as_json: JsonOption = False,
 ) -> None:
     """Write the card of a folder from its own numbers, or a whole Space."""
     from hub_cards.checkpoints import CardOptions
@@ -120,4 +122,5 @@ def card(
             write_space(folder, space, stickers, variant)
         else:
             write_card(folder, repo_id, CardOptions(licence, config, metrics, tuple(data or ())))
-    typer.echo(str(folder / "README.md"))
+    file = str(folder / "README.md")
+    typer.echo(json.dumps({"card": file}) if as_json else file)

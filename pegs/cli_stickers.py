@@ -310,7 +310,7 @@ def stickers_publish(
     from pegs.cli_hub import hub_errors
 
     open_pack(pack)
-    with hub_errors(pack, repo_id):
+    with hub_errors(pack, repo_id), Console(stderr=True).status("pushing"):
         url = push_sticker_pack(pack, repo_id, private, i_have_rights)
     report({"url": url}, as_json, ("url",))
 
@@ -322,6 +322,7 @@ def stickers_show(
     out: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
     stickers: StickersOption = "openmoji",
     emotion: Annotated[str, typer.Option(help="Only this emotion.")] = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Write a contact sheet of a pack."""
     from dataset_builders.stickers.sheet import contact_sheet
@@ -338,3 +339,4 @@ def stickers_show(
         sheet.save(out)
     except (OSError, ValueError) as error:
         raise InputError(f"--out {out}: expected a PNG file in a folder that is there ({error}).") from error
+    report({"stickers": len(labels), "out": str(out)}, as_json, ("stickers", "out"))

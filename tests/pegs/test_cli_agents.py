@@ -125,7 +125,8 @@ def test_profiles_are_written_from_seeds(server, tmp_path):
         assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").open()]
     assert [row["emotion"] for row in rows].count("fear") == 6 and json.loads(done.stdout)["profiles"] == 9
-    assert pegs("profiles", "seeds", "--out", tmp_path / "seeds.jsonl", "--language", "zh").returncode == 0
+    seeds = pegs("profiles", "seeds", "--out", tmp_path / "seeds.jsonl", "--language", "zh", "--json")
+    assert json.loads(seeds.stdout) == {"profiles": 70, "out": str(tmp_path / "seeds.jsonl")}
     assert len((tmp_path / "seeds.jsonl").read_text().splitlines()) == 70
 
 

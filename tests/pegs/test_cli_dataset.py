@@ -65,7 +65,8 @@ def test_stats_tell_table_5_and_fill_the_card(work):
     for name in statistics["figures"]:
         assert f"](assets/{name}.png)" in card and (work / "stickerconv" / "assets" / f"{name}.svg").is_file()
     assert "cc-by-sa-4.0" in card and "OpenMoji" in card and "manipulate" in card
-    assert pegs("card", work / "stickerconv", "--id", "ines/sc").returncode == 0
+    done = pegs("card", work / "stickerconv", "--id", "ines/sc", "--json")
+    assert json.loads(done.stdout) == {"card": str(work / "stickerconv" / "README.md")}
     assert 'load_dataset("ines/sc", "turns"' in (work / "stickerconv" / "README.md").read_text("utf-8")
 
 

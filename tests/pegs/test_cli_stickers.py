@@ -79,7 +79,8 @@ def test_split_search_export_and_show(pack, tmp_path):
     assert shown.returncode == 0 and len(shown.stdout.splitlines()) == 2
     exported = result("export", "--pack", pack, "--to", "whatsapp", "--out", tmp_path / "out")
     assert exported["stickers"] == count and all(Path(file).is_file() for file in exported["files"])
-    assert stickers("show", "--stickers", pack, "--out", tmp_path / "sheet.png").returncode == 0
+    sheet = str(tmp_path / "sheet.png")
+    assert result("show", "--stickers", pack, "--out", sheet) == {"stickers": count, "out": sheet}
 
 
 @pytest.fixture(scope="module")
