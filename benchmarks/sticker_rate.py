@@ -5,7 +5,8 @@ Requested beside realised sticker rates on the test split, and what they do to t
 
 Text and log-odds of a reply do not depend on the rate (with a seed they are the same to the last bit), so each context is answered once, and for each rate the stickers are
 drawn as `generate` draws them. A few replies are then generated with each rate and compared (`generate_agrees`). All variants share this path: they differ in what
-is made of a sticker, not in whether there is one. `--turns` adds that many replies to train and validation contexts, several a context if there are fewer. The turns of a
+is made of a sticker, not in whether there is one. `f_mmr` (eq. 11) is of the replies with the retrieved stickers that the rate sends, under the mini tower; `learned` is the
+model's without a rate. `--turns` adds that many replies to train and validation contexts, several a context if there are fewer. The turns of a
 few sessions are a batch, and each dialogue is read once.
 """
 
@@ -14,19 +15,30 @@ import json
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from dataset_builders.schema import Message
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.pack import StickerPack
-from modeling_pegs import PegsModel, PegsProcessor
-from modeling_pegs.generation_pegs import PegsCache, draw_thresholds, find_sticker_bias, identify_tokens
-from pegs.assemble import DEFAULT_MODEL, load_pack
+from modeling_pegs import PegsModel
+from modeling_pegs.generation_pegs import (
+    PegsCache,
+    PegsGenerateOutput,
+    draw_thresholds,
+    find_sticker_bias,
+    identify_tokens,
+)
+from modeling_pegs.processing_pegs import load_sticker
+from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.evaluation.multimodal import ALPHAS, MiniTower, f_mmr, f_mmr_name, mmr
 from pegs.quiet import quiet_libraries
 from pegs.training.calibrate import CUT, logit_quantiles
-from pegs.training.dialogues import turn_contexts
+from pegs.training.dialogues import sent_stickers, turn_contexts
+from pipelines.pipeline_pegs import PegsPipeline
 
 
 @dataclass
@@ -36,12 +48,12 @@ class Turns:
 
     Args:
         contexts (`list[list[dict]]`): The messages before each, the longest last.
-        golds (`list[bool]`): Whether each has a sticker.
+        golds (`list[Message]`): What the session's System says there.
 
     """
 
     contexts: list[list[dict]]
-    golds: list[bool]
+    golds: list[Message]
 
     def repeat(self, copies: int) -> "Turns":
         """Each turn `copies` times."""
@@ -51,11 +63,34 @@ class Turns:
         )
 
 
+@dataclass
+class Replies:
+    """
+    A model's own replies to n turns.
+
+    Args:
+        logits (`torch.Tensor` of shape `(n,)`): Log-odds of a sticker at their ends, NaN where one was cut.
+        golds (`list[Message]`): What the sessions' System says there.
+        texts (`list[str]`): Their words.
+        stickers (`list[str | None]`): Ids of the stickers that would be retrieved; `None` without retrieval.
+
+    """
+
+    logits: torch.Tensor
+    golds: list[Message]
+    texts: list[str]
+    stickers: list[str | None]
+
+    @property
+    def gold_mask(self) -> torch.Tensor:
+        """Whether the sessions' System sends a sticker there, `(n,)`."""
+        return torch.tensor([gold.sticker is not None for gold in self.golds])
+
+
 def system_turns(split: str, pack: StickerPack) -> list[Turns]:
     """A split's System turns, session by session."""
     return [
-        Turns(turn_contexts(session, pack), [turn.system.sticker is not None for turn in session.turns])
-        for session in load_mini(split)
+        Turns(turn_contexts(session, pack), [turn.system for turn in session.turns]) for session in load_mini(split)
     ]
 
 
@@ -115,24 +150,48 @@ def read_once(model: PegsModel, inputs: BatchFeature, sizes: list[int]) -> PegsC
     return cache
 
 
-def answer(
-    model: PegsModel, processor: PegsProcessor, sessions: list[Turns], together: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-odds of a sticker at the end of own replies to all turns, NaN where one was cut, and whether the turns have one."""
+def answer(pegs: PegsPipeline, sessions: list[Turns], together: int, seed: int) -> Replies:
+    """Own replies to all turns, of `together` sessions at once."""
     torch.manual_seed(seed)
-    logits = []
+    replies = Replies(torch.empty(0), [], [], [])
     for start in tqdm(range(0, len(sessions), together), mininterval=30):
         batch = sessions[start : start + together]
-        inputs = processor.apply_chat_template(
-            [context for session in batch for context in session.contexts],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_tensors="pt",
-        ).to(model.device)
-        cache = read_once(model, inputs, [len(session.golds) for session in batch])
-        output = model.generate(**inputs, past_key_values=cache, sticker_rate="model")
-        logits.append(output.sticker_logit.float().cpu())
-    return torch.cat(logits), torch.tensor([gold for session in sessions for gold in session.golds])
+        contexts = [context for session in batch for context in session.contexts]
+        inputs = pegs.processor.apply_chat_template(
+            contexts, add_generation_prompt=True, tokenize=True, return_tensors="pt"
+        ).to(pegs.model.device)
+        cache = read_once(pegs.model, inputs, [len(session.golds) for session in batch])
+        output = pegs.model.generate(**inputs, past_key_values=cache, sticker_bias=torch.inf)
+        new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+        replies.logits = torch.cat([replies.logits, output.sticker_logit.float().cpu()])
+        replies.golds += [gold for session in batch for gold in session.golds]
+        replies.texts += [text.strip() for text in pegs.processor.batch_decode(new_ids, skip_special_tokens=True)]
+        replies.stickers += [find_sticker(pegs, output, row, context) for row, context in enumerate(contexts)]
+    return replies
+
+
+def find_sticker(pegs: PegsPipeline, output: PegsGenerateOutput, row: int, context: list[dict]) -> str | None:
+    """Id of the sticker that `PegsPipeline` retrieves for a row of `output`."""
+    if output.sticker_queries is None:
+        return None
+    sent = sent_stickers(context)
+    meant = pegs.read_prompt_embeds(output.sticker_prompt_embeds[row : row + 1], exclude=sent)
+    return pegs.retrieve(output.sticker_queries[row] if meant is None else meant, 1, sent)[0].id
+
+
+def find_relevance(replies: Replies, tower: MiniTower, pack: StickerPack) -> np.ndarray:
+    """MMr of each reply without its sticker and with it, `(n, 2)`."""
+    ids = sorted(
+        {sticker for sticker in replies.stickers if sticker}
+        | {gold.sticker.id for gold in replies.golds if gold.sticker}
+    )
+    images = dict(zip(ids, tower.embed_images([load_sticker(pack.image(name)) for name in ids]), strict=True))
+    images[None] = None
+    texts, gold_texts = tower.embed_texts(replies.texts), tower.embed_texts([gold.text for gold in replies.golds])
+    return np.array([
+        [mmr(gold_text, images[gold.sticker and gold.sticker.id], text, image)["mmr"] for image in (None, images[sticker])]
+        for gold, gold_text, text, sticker in zip(replies.golds, gold_texts, texts, replies.stickers, strict=True)
+    ])  # fmt: skip
 
 
 def average_precision(scores: torch.Tensor, golds: torch.Tensor) -> float:
@@ -149,13 +208,17 @@ def draw_stickers(logits: torch.Tensor, bias: float, batch_size: int, seed: int)
     return torch.cat([part > draw_thresholds(len(part), bias, sampled=True) for part in logits.split(batch_size)])
 
 
-def describe_rate(rate: float | str, bias: float, logits: torch.Tensor, golds: torch.Tensor, args) -> dict:
-    """Realised rate of a requested one, and how well its stickers are timed."""
+def describe_rate(
+    rate: float | str, bias: float, replies: Replies, relevance: np.ndarray | None, args: argparse.Namespace
+) -> dict:
+    """Realised rate of a requested one, how well its stickers are timed, and with the replies' MMr their f-MMr."""
+    logits, golds = replies.logits, replies.gold_mask
     sent = draw_stickers(logits, bias, args.batch_size, args.seed)
     right = int((sent & golds).sum())
-    return {
+    realised = sent.float().mean().item()
+    figures = {
         "requested": rate,
-        "realised": round(sent.float().mean().item(), 4),
+        "realised": round(realised, 4),
         "expected": round(torch.sigmoid(logits.nan_to_num(nan=CUT) + bias).mean().item(), 4),
         "precision": round(right / max(int(sent.sum()), 1), 4),
         "recall": round(right / max(int(golds.sum()), 1), 4),
@@ -163,15 +226,20 @@ def describe_rate(rate: float | str, bias: float, logits: torch.Tensor, golds: t
             torch.sigmoid(logits.nan_to_num(nan=CUT).double() + bias), golds
         ),
     }
+    if relevance is not None:
+        mean = relevance[np.arange(len(sent)), sent.long().numpy()].mean()
+        figures["mmr"] = round(mean, 4)
+        figures |= {f_mmr_name(alpha): round(f_mmr(realised, mean, alpha), 4) for alpha in ALPHAS}
+    return figures
 
 
-def generate_agrees(
-    model: PegsModel, processor: PegsProcessor, contexts: list[list[dict]], rate: float, bias: float
-) -> bool:
+def generate_agrees(pegs: PegsPipeline, contexts: list[list[dict]], rate: float, bias: float) -> bool:
     """Whether replies generated with a rate get the stickers that their log-odds and the same draws say."""
-    inputs = processor.apply_chat_template(contexts, add_generation_prompt=True, tokenize=True, return_tensors="pt")
+    inputs = pegs.processor.apply_chat_template(
+        contexts, add_generation_prompt=True, tokenize=True, return_tensors="pt"
+    )
     torch.manual_seed(0)
-    output = model.generate(**inputs.to(model.device), sticker_rate=rate)
+    output = pegs.model.generate(**inputs.to(pegs.model.device), sticker_rate=rate)
     torch.manual_seed(0)
     thresholds = draw_thresholds(len(contexts), bias, sampled=True)
     return bool(((output.sticker_logit.cpu() > thresholds) == output.sticker_mask.cpu()).all())
@@ -190,36 +258,35 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = PegsModel.from_pretrained(args.model).merge().to(device)
-    processor, pack = PegsProcessor.from_pretrained(args.model), load_pack("openmoji")
-    splits = {split: system_turns(split, pack)[: args.limit or None] for split in ("train", "validation", "test")}
+    pegs = load_pipeline(args.model, device=str(device))
+    splits = {split: system_turns(split, pegs.pack)[: args.limit or None] for split in ("train", "validation", "test")}
 
     figures: dict = {"device": str(device), "seed": args.seed}
-    quantiles = model.generation_config.to_dict().get("sticker_logit_quantiles")
+    settings = pegs.model.generation_config
+    quantiles = settings.to_dict().get("sticker_logit_quantiles")
     figures["calibrated"] = "checkpoint" if quantiles else "here, on validation"
     if quantiles is None:
-        quantiles = logit_quantiles(answer(model, processor, splits["validation"], args.sessions, args.seed)[0])
-        model.generation_config.update(allow_custom_entries=True, sticker_logit_quantiles=quantiles)
+        quantiles = logit_quantiles(answer(pegs, splits["validation"], args.sessions, args.seed).logits)
+        settings.update(allow_custom_entries=True, sticker_logit_quantiles=quantiles)
     biases = {rate: find_sticker_bias(rate, torch.tensor(quantiles), sampled=True) for rate in args.rates}
 
-    logits, gold = answer(model, processor, splits["test"], args.sessions, args.seed + 1)
+    replies = answer(pegs, splits["test"], args.sessions, args.seed + 1)
+    relevance = None if pegs.selector is None else find_relevance(replies, MiniTower(args.model), pegs.pack)
     contexts = splits["test"][0].contexts[:4]
     figures["test"] = {
-        "turns": len(gold),
-        "gold_rate": round(gold.float().mean().item(), 4),
-        "cut_replies": int(logits.isnan().sum()),
-        "learned": describe_rate("model", 0.0, logits, gold, args),
-        "rates": [describe_rate(rate, bias, logits, gold, args) for rate, bias in biases.items()],
-        "generate_agrees": all(
-            generate_agrees(model, processor, contexts, rate, bias) for rate, bias in biases.items()
-        ),
+        "turns": len(replies.golds),
+        "gold_rate": round(replies.gold_mask.float().mean().item(), 4),
+        "cut_replies": int(replies.logits.isnan().sum()),
+        "learned": describe_rate("model", 0.0, replies, relevance, args),
+        "rates": [describe_rate(rate, bias, replies, relevance, args) for rate, bias in biases.items()],
+        "generate_agrees": all(generate_agrees(pegs, contexts, rate, bias) for rate, bias in biases.items()),
     }
     if args.turns:
         turns = take_turns(splits["train"] + splits["validation"], args.turns, args.seed)
-        logits, gold = answer(model, processor, turns, args.sessions, args.seed + 2)
+        replies = answer(pegs, turns, args.sessions, args.seed + 2)
         figures["train_and_validation"] = {
-            "turns": len(gold),
-            "rates": [describe_rate(rate, bias, logits, gold, args) for rate, bias in biases.items()],
+            "turns": len(replies.golds),
+            "rates": [describe_rate(rate, bias, replies, None, args) for rate, bias in biases.items()],
         }
     print(json.dumps(figures))
 
