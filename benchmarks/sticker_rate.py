@@ -5,8 +5,8 @@ Requested beside realised sticker rates on the test split, and what they do to t
 
 Text and log-odds of a reply do not depend on the rate (with a seed they are the same to the last bit), so each context is answered once, and for each rate the stickers are
 drawn as `generate` draws them. A few replies are then generated with each rate and compared (`generate_agrees`). All variants share this path: they differ in what
-is made of a sticker, not in whether there is one. `f_mmr` (eq. 11) is of the replies with the retrieved stickers that the rate sends, under the mini tower; `learned` is the
-model's without a rate. `--turns` adds that many replies to train and validation contexts, several a context if there are fewer. The turns of a
+is made of a sticker, not in whether there is one. `f_mmr` (eq. 11) is of the replies with the retrieved stickers that the rate sends, from the whole pack, under the mini
+tower; `learned` is the model's without a rate. `--turns` adds that many replies to train and validation contexts, several a context if there are fewer. The turns of a
 few sessions are a batch, and each dialogue is read once.
 """
 
@@ -175,7 +175,8 @@ def find_sticker(pegs: PegsPipeline, output: PegsGenerateOutput, row: int, conte
     if output.sticker_queries is None:
         return None
     sent = sent_stickers(context)
-    meant = pegs.read_prompt_embeds(output.sticker_prompt_embeds[row : row + 1], exclude=sent)
+    embeds = output.sticker_prompt_embeds
+    meant = pegs.read_prompt_embeds(None if embeds is None else embeds[row : row + 1], exclude=sent)
     return pegs.retrieve(output.sticker_queries[row] if meant is None else meant, 1, sent)[0].id
 
 
@@ -271,7 +272,7 @@ def main() -> None:
     biases = {rate: find_sticker_bias(rate, torch.tensor(quantiles), sampled=True) for rate in args.rates}
 
     replies = answer(pegs, splits["test"], args.sessions, args.seed + 1)
-    relevance = None if pegs.selector is None else find_relevance(replies, MiniTower(args.model), pegs.pack)
+    relevance = None if pegs.selector is None else find_relevance(replies, MiniTower(str(DEFAULT_MODEL)), pegs.pack)
     contexts = splits["test"][0].contexts[:4]
     figures["test"] = {
         "turns": len(replies.golds),

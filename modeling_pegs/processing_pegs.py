@@ -55,9 +55,9 @@ def load_sticker(source: str | os.PathLike | bytes | Image.Image) -> Image.Image
         raise StickerImageError(f"{name}: no such file.") from None
     except UnidentifiedImageError:
         raise StickerImageError(f"{name}: not a readable image (expected PNG, JPEG, WebP or GIF).") from None
-    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-        if isinstance(error, StickerImageError):
-            raise
+    except StickerImageError:
+        raise
+    except Exception as error:  # decoders raise anything at what is damaged
         raise StickerImageError(f"{name}: not a readable image ({error}).") from None
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -152,15 +152,18 @@ def serve(
 ) -> None:
     """Serve PEGS as an OpenAI-compatible API; with PEGS_API_KEY in the environment, requests must have it."""
     from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
-    from pegs.serving.server import serve_api
+    from pegs.serving.server import make_app
+    from pegs.web import address_of, listen, serve_app
 
+    listening = listen(host, port)
     pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, None, device, revision)
     check_rate(pipeline.model, sticker_rate)
     if not pipeline.serves(variant):
         raise InputError(f"--variant {variant}: this model, or its decoder, does not serve it.")
-    name = Path(model or DEFAULT_MODEL).name if Path(model or DEFAULT_MODEL).is_dir() else model
-    errors.print(f"http://{host}:{port}/v1 answers as {name}")
-    serve_api(pipeline, name, variant, host, port, sticker_rate, os.environ.get("PEGS_API_KEY", ""))
+    folder = Path(model or DEFAULT_MODEL)
+    name = folder.resolve().name if folder.is_dir() else model
+    typer.echo(f"{address_of(host, port)}/v1 answers as {name}", err=True)
+    serve_app(make_app(pipeline, name, variant, sticker_rate, os.environ.get("PEGS_API_KEY", "")), listening)
 
 
 def main() -> None:

@@ -325,15 +325,13 @@ def human_serve(
 
     with told("preparing", 1):
         from pegs.evaluation.questionnaire import make_app
-        from pegs.web import serve_app
+        from pegs.web import address_of, listen, serve_app
 
         opened = begin_study(study, read_all(predictions or []), load_pack(stickers), raters, sessions, seed)
+    listening = listen(host, port)
     for rater, token in opened.links():
-        typer.echo(f"rater {rater}: {address.rstrip('/') or f'http://{host}:{port}'}/r/{token}")
-    try:
-        serve_app(make_app(opened), host, port)  # addresses hold the raters' keys, and are not logged
-    except OSError as error:
-        raise InputError(f"--host {host} --port {port}: {error.strerror}.") from None
+        typer.echo(f"rater {rater}: {address.rstrip('/') or address_of(host, port)}/r/{token}")
+    serve_app(make_app(opened), listening)  # addresses hold the raters' keys, and are not logged
 
 
 @human_app.command("export", epilog="Example: pegs evaluate human export --study study > ratings.csv")

@@ -6,6 +6,8 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from pegs.errors import InputError
+
 
 async def read_body(request: Request, most: int) -> bytes:
     """
@@ -27,17 +29,30 @@ async def read_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def serve_app(app: Starlette, host: str, port: int) -> None:
+def listen(host: str, port: int) -> socket.socket:
     """
-    Serve until interrupted; requests are not logged.
+    A socket that waits for connections.
 
     Raises:
-        OSError: If the port is taken, or the host is not this machine's.
+        InputError: If the port is taken, or the host is not this machine's.
 
     """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: {error.strerror}.") from None
+
+
+def address_of(host: str, port: int) -> str:
+    """Where a browser finds them."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve_app(app: Starlette, listening: socket.socket) -> None:
+    """Serve until interrupted; requests are not logged."""
     import uvicorn
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, port), family=family)  # uvicorn itself would end the process
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3
+    )
     uvicorn.Server(config).run(sockets=[listening])

@@ -1,5 +1,7 @@
 """PegsPipeline: a dialogue in, a reply with text and maybe a sticker out."""
 
+import bisect
+import functools
 import threading
 import time
 from collections import Counter
@@ -327,16 +329,26 @@ class PegsPipeline:
         room = (
             self.model.config.text_config.max_position_embeddings - max_new_tokens - self.model.config.num_img_tokens
         )
-        while True:
-            inputs = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+
+        @functools.cache
+        def without(exchanges: int) -> Any:
+            return self.processor.apply_chat_template(
+                [*messages[:first], *messages[first + 2 * exchanges :]],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
             )
-            length = inputs["input_ids"].shape[1]
-            if length <= room:
-                return inputs.to(self.model.device)
-            if len(messages) < first + 3:
-                raise TooLongError(f"The last message has {length} tokens, and the model can read {room}.")
-            messages = [*messages[:first], *messages[first + 2 :]]
+
+        def fits(exchanges: int) -> bool:
+            return without(exchanges)["input_ids"].shape[1] <= room
+
+        most = (len(messages) - first - 1) // 2
+        fewest = 0 if fits(0) else bisect.bisect_left(range(most + 1), True, lo=1, key=fits)
+        if fewest > most:
+            length = without(most)["input_ids"].shape[1]
+            raise TooLongError(f"The last message has {length} tokens, and the model can read {room}.")
+        return without(fewest).to(self.model.device)
 
     def serves(self, variant: str) -> bool:
         """Whether this model, with or without a decoder, can act as `variant`."""

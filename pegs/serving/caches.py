@@ -2,10 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Any
 
 from modeling_pegs import PegsCache, PegsModel
 
 
+MISSING: Any = object()
 MOST_CACHES = 8  # about 25 MB each at the mini scale
 
 
@@ -24,7 +26,8 @@ class ConversationCaches:
 
     def take(self, key: Hashable) -> PegsCache | None:
         """The cache that was kept under `key`, which is not there any more, or a new one; `None` where the model keeps none."""
-        return self._caches.pop(key) if key in self._caches else self.model.new_cache()
+        cache = self._caches.pop(key, MISSING)
+        return self.model.new_cache() if cache is MISSING else cache
 
     def keep(self, key: Hashable, cache: PegsCache | None) -> None:
         """Keep a cache for the conversation's next turn."""

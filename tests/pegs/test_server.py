@@ -1,25 +1,29 @@
 """The OpenAI-compatible API, asked by OpenAI's own client over a socket where that matters."""
 
-import asyncio
 import base64
+import contextlib
 import functools
 import io
 import json
 import re
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 import torch
 import uvicorn
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from starlette.testclient import TestClient
 
 from pegs.errors import InputError
 from pegs.serving import server
-from pegs.serving.server import Answers, ChatRequest, make_app
+from pegs.serving.server import ChatRequest, make_app
+from pegs.web import address_of, listen
 from pipelines.pipeline_pegs import PegsPipeline
 from tests.fixtures import tiny
 from tests.pipelines.test_pipeline_pegs import Pack, encode_captions
@@ -67,9 +71,9 @@ def shown(url):
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
-def address(color):
+def address(color, size=40):
     file = io.BytesIO()
-    tiny.picture(color).save(file, "PNG")
+    tiny.picture(color, size).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -130,41 +134,73 @@ def test_a_stream_gives_words_then_the_sticker_then_the_end(client, variant):
     assert end.choices[0].finish_reason == "stop" and counted.usage == whole.usage
 
 
-def test_a_text_that_is_cut_has_no_sticker_and_says_so(client):
-    done = ask(client, max_tokens=3, extra_body={"forced_eos_token_id": None})
-    assert done.usage.completion_tokens <= 3
-    pictured = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": address("red")}}]}]
-    assert ask(client, pictured).choices[0].message.content is not None
+def test_a_text_that_is_cut_has_no_sticker_and_says_so(client, pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.model.generation_config, "forced_eos_token_id", None)
+    monkeypatch.setattr(pipeline.model.generation_config, "suppress_tokens", [tiny.EOS], raising=False)
+    done = ask(client, max_tokens=3)
+    assert done.usage.completion_tokens == 3 and done.choices[0].finish_reason == "length"
+    assert not hasattr(done.choices[0].message, "sticker")
+
+
+def test_pictures_are_read_and_made_small():
+    for size, side in ((40, 40), (2000, server.PICTURE_SIDE)):
+        part = {"type": "image_url", "image_url": {"url": address("red", size)}}
+        (message,) = ChatRequest(model="tiny", messages=[{"role": "user", "content": [part]}]).dialogue()
+        ((kind, image),) = [(part["type"], part["image"]) for part in message["content"]]
+        assert kind == "image" and image.size == (side, side) and image.getpixel((side // 3, side // 3)) == (255, 0, 0)
+
+
+def test_what_other_clients_make_of_a_dialogue_is_read(pipeline):
+    """Of a failed reply some keep an empty message, some nothing."""
+    user, failed = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}
+    for messages in ([user, user], [user, failed, user], [failed, *[user] * 2]):
+        (message,) = ChatRequest(model="tiny", messages=messages).dialogue()
+        assert [part["text"] for part in message["content"]] == ["Hi", "Hi"]
+    system = {"role": "system", "content": "Be kind."}
+    sticker = {**failed, "images": [{"type": "image_url", "image_url": {"url": address("red")}}]}
+    long = ChatRequest(model="tiny", messages=[system, *[user, sticker] * 500, user]).dialogue()
+    assert [message["role"] for message in long[:3]] == ["system", "user", "assistant"]
+    assert sum(message["role"] == "assistant" for message in long) == server.MOST_PICTURES
+    assert (
+        len(ChatRequest(model="tiny", messages=[user, {**failed, "content": "So?"}] * 500 + [user]).dialogue()) == 255
+    )
 
 
 def test_models_and_health(client):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-5")
+    told = httpx.get(str(client.base_url.join("/health"))).json()
+    assert told["status"] == "ok" and told["waiting"] == 0
 
 
 @pytest.mark.parametrize(("change", "status", "param", "told"), [
     ({"model": "gpt-5"}, 404, "model", "'gpt-5' is not served; 'tiny' is"),
     ({"messages": []}, 400, "messages", "at least 1 item"),
     ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, "messages.0.role", "must be 'user'"),
-    ({"messages": [*HI, *HI]}, 400, "messages.1.role", "must be 'assistant'"),
+    ({"messages": [*HI, {"role": "system", "content": "Be kind."}, *HI]}, 400, "messages.1.role", "only the first"),
     ({"messages": [*HI, {"role": "assistant", "content": "Hi"}]}, 400, "messages", "the last message must be a user's"),
     ({"messages": [{"role": "system", "content": "Be kind."}]}, 400, "messages", "the last message must be a user's"),
     ({"messages": [{"role": "user", "content": " "}]}, 400, "messages.0", "is empty"),
     ({"messages": [{"role": "user", "content": "x" * 9000}]}, 400, "messages.0", "9,000 characters"),
     ({"messages": [{"role": "user", "content": "x " * 3900}]}, 400, "messages", "has 7[0-9]{3} tokens"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "messages.0.content.0", "audio"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]}]}, 400, "messages.0.content.0", "addresses are not fetched"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]}, 400, "messages.0.content.0", "not a readable image"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}]}]}, 400, "messages.0.content.0", "base64"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]}]}, 400, "messages.0", "addresses are not fetched"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]}, 400, "messages.0", "not a readable image"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}]}]}, 400, "messages.0", "base64"),
     ({"n": 2}, 400, "n", "1"),
     ({"tools": [{"type": "function"}]}, 400, None, "`tools` is not supported"),
     ({"response_format": {"type": "json_object"}}, 400, None, "`response_format` is not supported"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,\u00e9"}}]}]}, 400, "messages.0", "ASCII"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}] * 65}]}, 400, "messages.0", "has 65 pictures"),
     ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
     ({"sticker_rate": 0.5}, 400, None, "needs `sticker_logit_quantiles`"),
     ({"variant": "gen", "emotion": "joy"}, 400, None, "`emotion`"),
 ])  # fmt: skip
 def test_what_cannot_be_served_is_told_as_the_api_tells_it(local, change, status, param, told):
     for stream in (False, True):
-        got = local.post("/v1/chat/completions", json={"model": "tiny", "messages": HI, "stream": stream, **change})
+        body = {"model": "tiny", "messages": HI, "stream": stream, **change}
+        got = local.post("/v1/chat/completions", json=body)
         error = got.json()["error"]
         assert got.status_code == status and error["type"] == "invalid_request_error"
         assert error["param"] == param if param is None else re.fullmatch(param, error["param"])
@@ -204,36 +240,62 @@ def test_the_key_is_asked_for(pipeline):
         assert local.post("/v1/chat/completions", json=body, headers=headers).status_code == status
 
 
-def test_too_many_are_sent_away(local, monkeypatch):
-    monkeypatch.setattr(server, "MOST_WAITING", 0)
-    got = local.post("/v1/chat/completions", json={"model": "tiny", "messages": HI})
-    assert (
-        got.status_code == 503 and got.headers["retry-after"] == "1" and got.json()["error"]["type"] == "server_error"
-    )
+def test_too_many_are_sent_away_and_the_rest_is_answered(client, pipeline, monkeypatch):
+    monkeypatch.setattr(server, "MOST_WAITING", 3)
+    free, answer = threading.Event(), PegsPipeline.__call__
+
+    def answer_later(self, *args, **kwargs):
+        free.wait(30)
+        return answer(self, *args, **kwargs)
+
+    monkeypatch.setattr(PegsPipeline, "__call__", answer_later)
+    with ThreadPoolExecutor(9) as threads:
+        asked = [threads.submit(ask, client) for _ in range(9)]
+        while sum(done.done() for done in asked) < 6:
+            time.sleep(0.01)
+        assert httpx.get(str(client.base_url.join("/health"))).json()["waiting"] == 3
+        free.set()
+    refused = [done.exception() for done in asked if done.exception()]
+    assert len(refused) == 6 and all(isinstance(error, openai.InternalServerError) for error in refused)
+    assert {(error.status_code, error.response.headers["retry-after"]) for error in refused} == {(503, "1")}
 
 
-def test_an_address_that_is_not_to_be_had_is_one_line(pipeline):
+def test_an_address_that_is_not_to_be_had_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"^--host 127.0.0.1 --port {port}: .*in use"):
-            server.serve_api(pipeline, "tiny", "ret", "127.0.0.1", port, None, "")
+            listen("127.0.0.1", port)
+    assert address_of("::1", 80) == "http://[::1]:80"
 
 
-def test_a_stream_that_nobody_reads_any_more_stops_the_model(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline.model.generation_config, "forced_eos_token_id", None)
-    steps = lengths_read(pipeline.model, monkeypatch)
-    monkeypatch.setattr(server, "WordStreamer", Letters)
-    answers, ended = Answers(pipeline, "ret", None), threading.Event()
+@pytest.mark.parametrize(("variant", "stream"), [("ret", False), ("ret", True), ("gen", False)])
+def test_a_client_that_leaves_stops_what_it_waited_for(client, pipeline, monkeypatch, variant, stream):
+    if variant == "ret":
+        monkeypatch.setattr(pipeline.model.generation_config, "forced_eos_token_id", None)
+        monkeypatch.setattr(pipeline.model.generation_config, "suppress_tokens", [tiny.EOS], raising=False)
+        monkeypatch.setattr(server, "WordStreamer", Letters)
+    else:
+        monkeypatch.setattr(pipeline.decoder, "_internal_dict", FrozenDict({**pipeline.decoder.config, "default_num_inference_steps": 1000}))  # fmt: skip
+    part = pipeline.model if variant == "ret" else pipeline.decoder.unet
+    calls, forward = [], part.forward
 
-    async def leave():
-        events = answers.events(ChatRequest(model="tiny", messages=HI, stream=True, max_tokens=1000), ended)
-        assert isinstance(await anext(events), str)
-        await events.aclose()
-        while answers.waiting:
-            await asyncio.sleep(0.01)
+    @functools.wraps(forward)
+    def slow(*args, **kwargs):
+        calls.append(1)
+        time.sleep(0.01)
+        return forward(*args, **kwargs)
 
-    asyncio.run(leave())
-    assert ended.is_set() and len(steps) < 500
+    monkeypatch.setattr(part, "forward", slow)
+    body = {"model": "tiny", "messages": HI, "max_tokens": 1000 if variant == "ret" else 5, "variant": variant, "stream": stream}  # fmt: skip
+    address = f"{client.base_url}chat/completions"
+    left = contextlib.nullcontext() if stream else pytest.raises(httpx.ReadTimeout)
+    with left, httpx.stream("POST", address, json=body, timeout=1) as got:
+        next(got.iter_lines())
+    until = time.monotonic() + 30
+    while httpx.get(str(client.base_url.join("/health"))).json()["waiting"]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert 1 < len(calls) < 900
 
 
 class Letters(server.WordStreamer):
