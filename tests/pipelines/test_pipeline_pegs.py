@@ -254,6 +254,11 @@ def test_of_a_dialogue_that_is_too_long_the_oldest_exchanges_are_not_read(pipeli
         told = pipeline.encode([persona, *short], 5)["input_ids"]
         patch.setattr(config, "max_position_embeddings", told.shape[1] + 5 + pipeline.model.config.num_img_tokens)
         assert torch.equal(pipeline.encode([persona, *long], 5)["input_ids"], told)
+    calls, template = [], pipeline.processor.apply_chat_template
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.processor, "apply_chat_template", lambda *args, **rest: calls.append(1) or template(*args, **rest))  # fmt: skip
+        assert torch.equal(pipeline.encode([*short[:2] * 60, *short], 5)["input_ids"], read)
+    assert len(calls) < 10
     with pytest.raises(ValueError, match=r"The last message has \d+ tokens, and the model can read 3\."):
         pipeline.encode(short[-1:], config.max_position_embeddings - pipeline.model.config.num_img_tokens - 3)
 
