@@ -15,7 +15,7 @@ from pegs.cli_agents import generate, profiles_app
 from pegs.cli_dataset import dataset_app
 from pegs.cli_evaluate import evaluate_app
 from pegs.cli_hub import card, push
-from pegs.cli_stickers import DeviceOption, JsonOption, RevisionOption, StickersOption, stickers_app
+from pegs.cli_stickers import DeviceOption, HostOption, JsonOption, RevisionOption, StickersOption, stickers_app
 from pegs.errors import InputError
 from pegs.quiet import quiet_libraries
 
@@ -121,7 +121,7 @@ def chat(
     stickers: StickersOption = "openmoji",
     sticker_rate: RateOption = None,
     device: DeviceOption = "cpu",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
 ) -> None:
     """Chat in the browser, or in the terminal."""
@@ -147,7 +147,7 @@ def serve(
     stickers: StickersOption = "openmoji",
     sticker_rate: RateOption = None,
     device: DeviceOption = "cpu",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve PEGS as an OpenAI-compatible API; with PEGS_API_KEY in the environment, requests must have it."""

@@ -16,6 +16,7 @@ from pegs.cli_stickers import (
     ConcurrencyOption,
     DeviceOption,
     ExtraBodyOption,
+    HostOption,
     JsonOption,
     LanguageOption,
     LlmModelOption,
@@ -312,7 +313,7 @@ def human_serve(
         int | None, typer.Option(help="Seed of the sample and of the orders.", show_default="0 in a new study")
     ] = None,
     stickers: StickersOption = "openmoji",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7861,
     address: Annotated[
         str, typer.Option(help="How raters reach this machine, for their links.", show_default="http://HOST:PORT")

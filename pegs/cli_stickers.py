@@ -33,6 +33,7 @@ ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Requests at once.")
 BudgetOption = Annotated[float | None, typer.Option(help="Stop before the cost passes this; needs prices.")]
 PriceInOption = Annotated[float, typer.Option(help="US dollars for a million prompt tokens.")]
 PriceOutOption = Annotated[float, typer.Option(help="US dollars for a million answer tokens.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
 LanguageOption = Annotated[Literal["en", "zh"], typer.Option(help="Language of the prompts and texts.")]
 
 

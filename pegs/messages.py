@@ -39,6 +39,14 @@ def read_messages(path: str | os.PathLike) -> list[dict]:
     return [_read_message(path, number, message, len(messages)) for number, message in enumerate(messages)]
 
 
+def find_fault(texts: list[str], has_picture: bool) -> str | None:
+    """Why a message of these texts, and maybe pictures, cannot be read; `None` if it can."""
+    length = sum(map(len, texts))
+    if length > MAX_CHARACTERS:
+        return f"has {length:,} characters, more than {MAX_CHARACTERS:,}"
+    return None if has_picture or any(text.strip() for text in texts) else "is empty"
+
+
 def _read_message(path: Path, number: int, message: object, count: int) -> dict:
     where = f"{path}: message {number + 1}"
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
@@ -56,11 +64,9 @@ def _read_message(path: Path, number: int, message: object, count: int) -> dict:
     if not isinstance(content, list) or not content:
         raise InputError(f"{where}: `content` must be a text or a list of parts.")
     parts = [_read_part(path, f"{where}, part {i + 1}", part) for i, part in enumerate(content)]
-    length = sum(len(part.get("text", "")) for part in parts)
-    if length > MAX_CHARACTERS:
-        raise InputError(f"{where}: has {length:,} characters, more than {MAX_CHARACTERS:,}.")
-    if not any(part["type"] == "image" or part["text"].strip() for part in parts):
-        raise InputError(f"{where}: is empty.")
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    if fault := find_fault(texts, has_picture=len(texts) < len(parts)):
+        raise InputError(f"{where}: {fault}.")
     return {"role": role, "content": parts}
 
 

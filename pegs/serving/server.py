@@ -25,7 +25,7 @@ from starlette.routing import Route
 from transformers import StoppingCriteriaList, TextStreamer
 
 from modeling_pegs.processing_pegs import load_sticker
-from pegs.messages import MAX_CHARACTERS
+from pegs.messages import find_fault
 from pegs.serving.caches import ConversationCaches
 from pegs.web import read_body
 from pipelines.pipeline_pegs import PegsPipeline, PegsReply, TooLongError
@@ -160,18 +160,18 @@ class ChatRequest(BaseModel, extra="allow"):
         """
         first = int(self.messages[0].role in ("system", "developer"))
         named = [(f"messages.{number}", message) for number, message in enumerate(self.messages)]
+        if named[first:] and named[first][1].role == "assistant" and named[first][1].parts:
+            raise RefusedError("must be 'user': a user begins", f"messages.{first}.role")
         turns: list[tuple[str, list[dict]]] = []
         for where, message in recent(named[first:]):
             if message.role not in ("user", "assistant"):
                 raise RefusedError("only the first message may be the system's", f"{where}.role")
-            if not message.parts and message.role == "assistant":
+            if message.role == "assistant" and not (turns and message.parts):
                 continue
-            if not turns and message.role == "assistant" and where == named[first][0]:
-                raise RefusedError("must be 'user': a user begins", f"{where}.role")
             parts = read_parts(where, message)
             if turns and turns[-1][0] == message.role:
                 turns[-1][1].extend(parts)
-            elif turns or message.role == "user":
+            else:
                 turns.append((message.role, parts))
         if not turns or turns[-1][0] != "user":
             raise RefusedError("the last message must be a user's", "messages")
@@ -226,15 +226,13 @@ def read_parts(where: str, message: Message) -> list[dict]:
 
     """
     texts = [part.text for part in message.parts if isinstance(part, TextPart)]
-    length, pictures = sum(map(len, texts)), len(message.parts) - len(texts)
-    if length > MAX_CHARACTERS:
-        raise RefusedError(f"has {length:,} characters, more than {MAX_CHARACTERS:,}", where)
+    pictures = len(message.parts) - len(texts)
+    if fault := find_fault(texts, has_picture=pictures > 0):
+        raise RefusedError(fault, where)
     if pictures > MOST_PICTURES:
         raise RefusedError(f"has {pictures:,} pictures, more than {MOST_PICTURES}", where)
     if pictures and message.role in ("system", "developer"):
         raise RefusedError("a system message is of text", where)
-    if not message.parts:
-        raise RefusedError("is empty", where)
     return [
         {"type": "text", "text": part.text}
         if isinstance(part, TextPart)
