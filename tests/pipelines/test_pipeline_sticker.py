@@ -93,13 +93,13 @@ def test_a_distilled_decoder_draws_by_its_saved_defaults(tmp_path):
 def test_lcm_spreads_its_few_steps_over_the_strength(strength, timesteps):
     pipeline = tiny.make_tiny_decoder()
     pipeline.set_scheduler("lcm")
-    assert pipeline.prepare_timesteps(4, strength).tolist() == timesteps
+    assert pipeline.prepare_timesteps(4, strength, pipeline.device).tolist() == timesteps
 
 
 def test_other_schedulers_draw_the_last_part_of_their_steps(decoder):
-    whole = decoder.prepare_timesteps(10, 1.0).tolist()
-    assert decoder.prepare_timesteps(10, 0.3).tolist() == whole[-3:]
-    assert decoder.prepare_timesteps(10, 0.01).tolist() == whole[-1:]
+    whole = decoder.prepare_timesteps(10, 1.0, decoder.device).tolist()
+    assert decoder.prepare_timesteps(10, 0.3, decoder.device).tolist() == whole[-3:]
+    assert decoder.prepare_timesteps(10, 0.01, decoder.device).tolist() == whole[-1:]
 
 
 def test_callbacks_see_every_step_and_may_change_it(decoder):
@@ -331,9 +331,9 @@ def test_a_blocked_picture_says_why(decoder, monkeypatch):
         nsfw, is_nsfw = 0.93, True
 
     class Classifier:
-        def classify_batch(self, images):
-            assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in images)
-            return [Verdict() for _ in images]
+        def classify(self, image):
+            assert isinstance(image, Image.Image) and image.mode == "RGB"
+            return Verdict()
 
     from pipelines import safety
 

@@ -97,7 +97,8 @@ def test_a_fifth_of_malformed_answers_moves_no_mean(tmp_path):
         clean, _ = run(tmp_path / "clean", server, trial_of(runs))
     rng = np.random.default_rng(0)
     with Server(judge(spoil=lambda number: rng.random() < 0.2)) as server:
-        spoiled, cost = run(tmp_path / "spoiled", server, trial_of(runs), concurrency=1)  # in one order, so that chance is the same each time
+        # one after the other, so that chance is the same each time
+        spoiled, cost = run(tmp_path / "spoiled", server, trial_of(runs), concurrency=1)
     assert cost["retried"] > 60
     for one, other in zip(clean, spoiled, strict=True):
         assert {n: m.value for n, m in one.metrics.items()} == pytest.approx({n: m.value for n, m in other.metrics.items()})  # fmt: skip
