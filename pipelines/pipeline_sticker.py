@@ -517,10 +517,8 @@ class StickerPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         self._interrupt = False
-        device, dtype = (
-            self._execution_device,
-            self.unet.dtype,
-        )  # once: it looks through all modules, 7 ms on two cores
+        device = self._execution_device  # looked for once: it goes through all modules
+        dtype = self.unet.dtype
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(prompt, emotion, emotion_scale)
         elif emotion is not None:

@@ -16,9 +16,8 @@ except ImportError:
 
 @lru_cache(maxsize=1)
 def _open_nsfw() -> "NSFWClassifier":
-    return NSFWClassifier(
-        intra_op_num_threads=1
-    )  # threads of its own go on spinning and double the time of what comes next
+    # threads of its own would go on spinning and double the time of what comes next
+    return NSFWClassifier(intra_op_num_threads=1)
 
 
 def check_images(images: list[Image.Image], safety_checker=None, feature_extractor=None) -> list[str | None]:
