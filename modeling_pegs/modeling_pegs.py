@@ -303,8 +303,12 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             **kwargs: As for `PreTrainedModel.save_pretrained`.
 
         """
+        given = type(self)
+        kind = next(
+            kind for kind in given.__mro__ if not kind.__module__.startswith("torch.")
+        )  # FSDP lays its own over
         # `custom_object_save` adds the other auto classes, and knows of one only for a model
-        self.config.auto_map = {"AutoModelForImageTextToText": f"{type(self).__module__.split('.')[-1]}.PegsModel"}
+        self.config.auto_map = {"AutoModelForImageTextToText": f"{kind.__module__.split('.')[-1]}.PegsModel"}
         pushes = kwargs.pop("push_to_hub", False)  # the base class would upload in the middle, without the adapter
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         left_out = self.referenced_parts()
@@ -328,10 +332,11 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
         language_model = self.language_model
         if "language_model" in left_out:
             self.language_model = None
+        self.__class__ = kind  # whose code goes into the folder
         try:
             super().save_pretrained(save_directory, state_dict=own, **kwargs)
         finally:
-            self.language_model = language_model
+            self.__class__, self.language_model = given, language_model
         if pushes and kwargs.get("is_main_process", True):
             repo, token = push.pop("repo_id", Path(save_directory).name), kwargs.get("token")
             repo = create_repo(repo, exist_ok=True, private=push.pop("private", None), token=token).repo_id

@@ -274,7 +274,9 @@ class LogLine(TrainerCallback):
     """Writes the trainer's numbers to the log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        """One line a log event."""
+        """One line a log event, of all processes."""
+        if not state.is_world_process_zero:
+            return
         numbers = {key: round(value, 4) if isinstance(value, float) else value for key, value in (logs or {}).items()}
         logger.info("step %d/%d %s", state.global_step, state.max_steps, numbers)
 
