@@ -54,13 +54,13 @@ class Sticker(Record):
 
 
 class StickerUse(Record):
-    """A sticker as sent in a turn: which one, with what query it was found, at which rank (0-based), and to what end."""
+    """A sticker as sent in a turn: which one, with what query it was found, at which rank (0-based), and to what end; `None` is what a set from elsewhere does not tell."""
 
     id: str
-    emotion: Emotion
-    query: str
-    rank: int = Field(ge=0)
-    intention: Intention
+    emotion: Emotion | None
+    query: str | None
+    rank: int | None = Field(ge=0)
+    intention: Intention | None
 
 
 class Message(Record):
@@ -121,14 +121,17 @@ class Opener(Record):
 
 
 class Session(Record):
-    """A dialogue session (section 3.7). `no_sticker` flags one that neither side sent a sticker in: it stays, so that rates are honest."""
+    """
+    A dialogue session (section 3.7). `no_sticker` flags one that neither side sent a sticker in: it stays, so that rates are honest. What a set from elsewhere does
+    not tell is `None`.
+    """
 
     session_id: str
     split: Split
-    database: int = Field(ge=1)
-    profile: Profile
+    database: int | None = Field(ge=1)
+    profile: Profile | None
     turns: tuple[Turn, ...] = Field(min_length=1)
-    ended_by: Literal["closure", "max_turns", "repetition"]
+    ended_by: Literal["closure", "max_turns", "repetition"] | None
     no_sticker: bool = False
     generator: Generator
     usage: Usage = Usage()

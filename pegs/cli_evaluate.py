@@ -70,7 +70,12 @@ def show(results: "list[Result]", files: list[Path], as_json: bool, more: dict |
 )
 def evaluate_predict(
     out: Annotated[Path, typer.Option("--out", help="JSON Lines file; an unfinished one is finished.")],
-    sessions: Annotated[str, typer.Option(help="JSON Lines file of sessions, or mini.")] = "mini",
+    sessions: Annotated[
+        str,
+        typer.Option(
+            help="mini, a JSON Lines file of sessions, a run's folder, or a built dataset's folder or Hub id."
+        ),
+    ] = "mini",
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split to answer.")] = "test",
     limit: Annotated[int, typer.Option(min=0, help="Only the first so many sessions; 0 for all.")] = 0,
     model: Annotated[
@@ -106,7 +111,6 @@ def evaluate_predict(
         Predictor,
         digest_weights,
         read_predictions,
-        read_split,
         run_predictions,
         system_turns,
     )
@@ -117,10 +121,12 @@ def evaluate_predict(
         raise InputError(f"--variant {variant} needs --replies.")
     if variant in ("text", "tool") and replies is not None:
         raise InputError(f"--replies does not go with --variant {variant}.")
-    chosen = read_split(sessions, split, limit)
     repeated = read_predictions(replies) if replies is not None else None
-    from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline, move, resolve_checkpoint
+    from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline, load_sessions, move, resolve_checkpoint
 
+    chosen = load_sessions(sessions, split)[: limit or None]
+    if not chosen:
+        raise InputError(f"--sessions {sessions}: no session is of the split {split!r}.")
     pack = load_pack(stickers)
     turns = list(system_turns(chosen, pack))
     made_by: dict[str, str] = {"variant": variant}

@@ -59,6 +59,9 @@ def parse_session(line: str | bytes) -> Session:
         session = Session.model_validate_json(line)
     except ValidationError as error:
         raise SessionError(describe(error)) from None
+    for name in ("database", "profile", "ended_by"):
+        if getattr(session, name) is None:
+            raise SessionError(f"{name}: must be told.")
     for position, turn in enumerate(session.turns, start=1):
         if turn.turn != position:
             raise SessionError(

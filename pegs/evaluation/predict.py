@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from agent_generation.engine import seed_of
 from dataset_builders.schema import Emotion, Message, Record, Session, Sticker, Turn
-from dataset_builders.stickerconv.sessions import SessionError, describe, load_mini, read_sessions
+from dataset_builders.stickerconv.sessions import describe
 from dataset_builders.stickers.images import open_picture
 from dataset_builders.stickers.pack import StickerPack
 from pegs.errors import InputError
@@ -274,31 +274,6 @@ class Predictor(Protocol):
         """Answer a batch of turns; the same seed gives the same replies."""
 
 
-def read_split(source: str, split: str, limit: int = 0) -> list[Session]:
-    """
-    Sessions of a split.
-
-    Args:
-        source (`str`): A JSON Lines file of sessions, or `mini`.
-        split (`str`): `train`, `validation` or `test`.
-        limit (`int`, *optional*, defaults to 0): Only the first so many, 0 for all.
-
-    Raises:
-        InputError: If the file is wrong, or has none of that split.
-
-    """
-    try:
-        sessions = load_mini() if source == "mini" else read_sessions(source)
-    except OSError as error:
-        raise InputError(f"--sessions {source}: {error.strerror}.") from None
-    except SessionError as error:
-        raise InputError(str(error)) from None
-    chosen = [session for session in sessions if session.split == split]
-    if not chosen:
-        raise InputError(f"--sessions {source}: no session is of the split {split!r}.")
-    return chosen[: limit or None]
-
-
 def system_turns(sessions: Sequence[Session], pack: StickerPack) -> Iterator[SystemTurn]:
     """
     Every System turn with all earlier messages as context (section 6).
@@ -485,8 +460,11 @@ def _row(turn: SystemTurn, reply: Reply, model: str, seed: int, pack: StickerPac
 
 
 def candidates_of(session: Session, pack: StickerPack) -> list[str]:
-    """Stickers that a session can send: of its database, or all of a pack that has none."""
-    stickers = pack.database(session.database) if pack.databases else pack.stickers
+    """Stickers that a session can send: of its database, or where it has none, all that its split may use."""
+    if session.database is not None and pack.databases:
+        stickers = pack.database(session.database)
+    else:
+        stickers = pack.split(session.split) if pack.databases else pack.stickers
     return [sticker.id for sticker in stickers]
 
 

@@ -44,7 +44,7 @@ class AlignArguments(LoopArguments):
     Args:
         init_from (`str`): Checkpoint that the stage starts from, which is the reference too.
         stickers (`str`): Annotated sticker pack, by name, folder or Hub id.
-        sessions (`str`): JSON Lines file of the sessions; StickerConv-mini if empty.
+        sessions (`str`): The sessions, see [`load_sessions`].
         openers (`bool`): Whether the openers' stickers are learned beside the sessions'; when one is sent is learned from the sessions alone, since openers send them for other
             reasons than replies in mid-talk.
         max_length (`int`): Longest dialogue in tokens; a longer one loses its oldest turns.
@@ -56,7 +56,7 @@ class AlignArguments(LoopArguments):
 
     init_from: str = ""
     stickers: str = "openmoji"
-    sessions: str = ""
+    sessions: str = "mini"
     openers: bool = False
     max_length: int = 1024
     beta: float = 0.5

@@ -1,7 +1,7 @@
 """The training data of the language stages, all as dialogues in the chat format."""
 
 from dataset_builders.schema import Opener, Session, Sticker
-from dataset_builders.stickers.pack import StickerPack
+from dataset_builders.stickers.pack import PackError, StickerPack
 
 
 def session_messages(session: Session, pack: StickerPack | None = None) -> list[dict]:
@@ -48,7 +48,9 @@ def _parts(text: str, sticker_id: str | None, pack: StickerPack | None) -> list[
 
 
 def image_part(sticker_id: str, pack: StickerPack) -> dict:
-    """An image part of the chat format."""
+    """An image part of the chat format; a [`PackError`] if the pack has no such sticker."""
+    if sticker_id not in pack.by_id:
+        raise PackError(f"sticker {sticker_id!r} is not in the pack {pack.info.name}.")
     return {"type": "image", "image": pack.still(sticker_id), "sticker_id": sticker_id}
 
 

@@ -16,12 +16,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from dataset_builders.schema import Session, Split, Sticker
-from dataset_builders.stickerconv.sessions import load_mini, load_openers, read_sessions
+from dataset_builders.schema import Sticker
+from dataset_builders.stickerconv.sessions import load_openers
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from modeling_pegs.modeling_pegs import ADAPTER_FOLDER
-from pegs.assemble import embed_pack, load_pack
+from pegs.assemble import embed_pack, load_pack, load_sessions
 from pegs.training.build import build_model, build_processor, load_checkpoint
 from pegs.training.cache import without_pictures
 from pegs.training.contrastive import Contrast, contrast, contrastive_loss
@@ -56,7 +56,7 @@ class LanguageArguments:
         data (`str`): `"captions"` (perception), `"requests"` (sticker output), `"texts"` (what both sides of the sessions say) or `"sessions"` (joint
             learning).
         stickers (`str`): Sticker pack, by name, folder or Hub id.
-        sessions (`str`): JSON Lines file of the sessions; StickerConv-mini if empty.
+        sessions (`str`): The sessions, see [`load_sessions`].
         openers (`bool`): Whether the openers are learned beside the sessions.
         pairs (`list[str]`): For captions and requests, image-text pairs to stream instead of the pack's stickers: tars of WebDataset or parquet files.
         caption_length (`int`): Longest caption of a pair, in tokens.
@@ -94,7 +94,7 @@ class LanguageArguments:
     init_from: str
     output_dir: str
     stickers: str = "openmoji"
-    sessions: str = ""
+    sessions: str = "mini"
     openers: bool = False
     pairs: list = field(default_factory=list)
     caption_length: int = 77
@@ -363,16 +363,8 @@ def load_model(args: LanguageArguments) -> tuple[PegsModel, PegsProcessor]:
     return model, processor
 
 
-def load_sessions(file: str, split: Split) -> list[Session]:
-    """A split of the sessions in a file; of StickerConv-mini if it is empty."""
-    if not file:
-        return load_mini(split)
-    with reading("sessions"):
-        return [session for session in read_sessions(file) if session.split == split]
-
-
 def training_dialogues(sessions: str, openers: bool, pack: StickerPack | None) -> list[list[dict]]:
-    """The training sessions of a file, of StickerConv-mini if it is empty, and maybe the openers; without a pack, without their stickers."""
+    """The training sessions, and maybe the openers; without a pack, without their stickers."""
     dialogues = [session_messages(session, pack) for session in load_sessions(sessions, "train")]
     return dialogues + (opener_dialogues(pack) if openers else [])
 

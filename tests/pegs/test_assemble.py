@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pegs.assemble import load_pipeline
+from pegs.assemble import load_pack, load_pipeline, load_sessions
 from pegs.errors import InputError
 from tests.fixtures import tiny
 
@@ -43,3 +43,22 @@ def test_a_decoder_of_pickles_is_not_opened(drawing_only):
     weights.unlink()
     with pytest.raises(InputError, match="safetensors"):
         load_pipeline(drawing_only)
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("none.jsonl", "No such file or directory"),
+    ("empty", "No such file or directory"),
+    ("broken", "dataset.yaml: not YAML"),
+    ("bad.jsonl", "bad.jsonl:1: turns: "),
+])  # fmt: skip
+def test_sessions_that_cannot_be_read_are_one_line(tmp_path, name, said):
+    for folder in ("empty", "broken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "broken" / "dataset.yaml").write_text("{")
+    (tmp_path / "bad.jsonl").write_text('{"session_id": "a", "split": "train", "database": 1, "profile": null}')
+    with pytest.raises(InputError, match=said) as caught:
+        load_sessions(str(tmp_path / name), "test")
+    assert "\n" not in str(caught.value)
+    if name == "broken":
+        with pytest.raises(InputError, match=r"--stickers .*broken: .*not YAML"):
+            load_pack(str(tmp_path / name))

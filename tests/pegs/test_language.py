@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dataset_builders.stickerconv.build import build_dataset
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.language import PegsTrainer, last_whole_checkpoint
 from pegs.training.stages import main
@@ -125,7 +126,7 @@ def stage(folder: Path, sessions: int, **changes) -> list[str]:
     start.save_pretrained(folder / "start")
     tiny.make_tiny_processor(start.config).save_pretrained(folder / "start")
     make_pack().save(folder / "pack")
-    made = [make_session(number, "train") for number in range(sessions)] + [make_session(0, "validation")]
+    made = [make_session(number, "train") for number in range(sessions)] + [make_session(sessions, "validation")]
     (folder / "sessions.jsonl").write_text("\n".join(session.model_dump_json() for session in made))
     values = {
         "stage": "joint",
@@ -236,6 +237,17 @@ def test_a_run_goes_on_with_its_own_checkpoints_alone(tmp_path, monkeypatch, cap
     assert model.causal_lm.config._attn_implementation == "eager"
     assert isinstance(made[0].optimizer.optimizer, torch.optim.SGD)
     assert (tmp_path / "out" / "replies.jsonl").is_file()
+
+
+def test_a_built_dataset_is_sessions_and_stickers(tmp_path, monkeypatch):
+    monkeypatch.setattr("pegs.training.targets.HF_HOME", str(tmp_path))
+    command = stage(tmp_path, 2, trainer={"max_steps": 1, "eval_strategy": "no"})
+    build_dataset([tmp_path / "sessions.jsonl"], tmp_path / "built", stickers=str(tmp_path / "pack"))
+    both = ["--sessions", str(tmp_path / "built"), "--stickers", str(tmp_path / "built")]
+    assert main([*command, str(tmp_path / "one")]) == main([*command, str(tmp_path / "two"), *both]) == 0
+    one, two, start = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "start"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert any(not torch.equal(value, start[name]) for name, value in one.items())
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from pegs.evaluation.predict import (
     digest_weights,
     read_all,
     read_predictions,
-    read_split,
     run_predictions,
     system_turns,
 )
@@ -293,9 +292,6 @@ def test_files_that_are_not_there_empty_or_of_one_model(tmp_path, turns):
         run_predictions(Echo(), turns, PACK, tmp_path / name)
     with pytest.raises(InputError, match=r"b.jsonl: model: 'echo' is also in .*a.jsonl"):
         read_all([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
-    with pytest.raises(InputError, match="no session is of the split"):
-        (tmp_path / "sessions.jsonl").write_text(make.make_session().model_dump_json())
-        read_split(str(tmp_path / "sessions.jsonl"), "train")
 
 
 @pytest.fixture
