@@ -22,7 +22,7 @@ DeviceOption = Annotated[str, typer.Option(help="Where the models run: cpu, cuda
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of the --model on the Hub.")
 ]
-StickersOption = Annotated[str, typer.Option("--stickers", help="Sticker pack: a name or a folder.")]
+StickersOption = Annotated[str, typer.Option("--stickers", help="Sticker pack: a name, a folder or a Hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PackOption = Annotated[Path, typer.Option("--pack", help="Folder of the pack.")]
 LlmModelOption = Annotated[str, typer.Option("--model", help="Its model.")]

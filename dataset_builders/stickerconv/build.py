@@ -82,6 +82,11 @@ class DatasetFolder(BaseModel):
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise SessionError(f"{folder / INFO_FILE}: not YAML ({str(error).splitlines()[0]}).") from None
 
+    @property
+    def is_released(self) -> bool:
+        """Whether it is of a set that others released."""
+        return any(line in self.attribution for _, line in RELEASED.values())
+
     def save(self, folder: Path) -> None:
         """Write `dataset.yaml`."""
         text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

@@ -57,6 +57,12 @@ def test_an_adapters_card_names_its_base(tmp_path):
     assert 'AutoPeftModelForCausalLM.from_pretrained("ines/adapter")' in text
 
 
+def test_a_tokenizers_card_loads_a_tokenizer(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    text = checkpoint_card(tmp_path, "ines/words", CardOptions())
+    assert 'AutoTokenizer.from_pretrained("ines/words")' in text and "AutoProcessor" not in text
+
+
 def test_a_bare_checkpoints_card_leaves_out_what_nobody_measured(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     text = checkpoint_card(tmp_path, "ines/decoder", CardOptions())
@@ -104,6 +110,7 @@ def test_a_datasets_card_that_somebody_changed_is_kept(tmp_path):
     describe_dataset(folder)
     write_card(folder, "ines/sc", CardOptions())
     assert 'load_dataset("ines/sc", "turns"' in readme.read_text()
+    assert "Splits go by sticker database" in readme.read_text()
     readme.write_text(readme.read_text().replace("# built", "# What Ines built"))
     before = readme.read_text()
     describe_dataset(folder)
@@ -112,6 +119,16 @@ def test_a_datasets_card_that_somebody_changed_is_kept(tmp_path):
     build_dataset([tmp_path], folder, stickers=str(tmp_path / "pack"))
     assert "# What Ines built" in readme.read_text()
     assert load_dataset(str(folder), "sessions", cache_dir=str(tmp_path / "cache"))["train"].num_rows == 1
+
+
+def test_the_splits_of_a_released_set_are_its_files(tmp_path):
+    (tmp_path / "train.json").write_text(
+        json.dumps({"conversation": [{"user_message": "hi", "system_message": "ho"}]})
+    )
+    build_dataset([tmp_path / "train.json"], tmp_path / "built")
+    describe_dataset(tmp_path / "built")
+    text = (tmp_path / "built" / "README.md").read_text()
+    assert "Splits are those of the released files.\nNo sticker of the test split is in another one" in text
 
 
 def test_kinds(tmp_path):
