@@ -434,6 +434,8 @@ def train_language(args: LanguageArguments) -> None:
     }
     known = None if pack is None else [(s.id, s.sha256, s.caption) for s in pack.stickers]
     key = run_key(args, model, without_pictures(dialogues), known)
+    # the text encoder's model, too, is loaded before the trainer's arguments are there: from then on ZeRO 3 would share out its weights
+    collator = make_collator(args, model, processor, pack)
     with reading("trainer"):
         training_args = TrainingArguments(
             output_dir=f"{args.output_dir}/trainer",
@@ -449,7 +451,7 @@ def train_language(args: LanguageArguments) -> None:
         args=training_args,
         train_dataset=[{"messages": messages} for messages in dialogues] or PairStream(args, processor.tokenizer),
         eval_dataset=[{"messages": messages} for messages in held_out] or None,
-        data_collator=make_collator(args, model, processor, pack),
+        data_collator=collator,
         callbacks=[LogLine()],
         lora_learning_rate=args.lora_learning_rate,
         contrasts_batch=args.negatives == "batch"

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from pegs.training.cache import digest, write_tensors
-from pegs.training.text_states import encode_captions
+from pegs.training.text_states import encode_captions, load_minilm
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class CaptionStates:
         if text_encoder:
             self.tokenizer = AutoTokenizer.from_pretrained(text_encoder, subfolder="tokenizer")
             self.clip = CLIPTextModel.from_pretrained(text_encoder, subfolder="text_encoder").eval()
+        else:
+            load_minilm()
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> torch.Tensor:
