@@ -23,26 +23,26 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def load_language_model(
-    reference: dict, adapters: Sequence[Path] = ()
+    reference: dict, adapters: Sequence[Path] = (), dtype: str = "float32"
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """
-    A language model in float32 with adapters merged into it, one after the other, and its tokenizer.
+    A language model with adapters merged into it, one after the other, and its tokenizer: the last adapter's, if it has one of its own.
 
     Args:
         reference (`dict`): As [`find_language_model`] takes it.
         adapters (`Sequence[Path]`): Folders.
+        dtype (`str`, *optional*, defaults to `"float32"`): Of its weights.
 
     Raises:
         InputError: If an adapter was trained on top of others than those before it.
 
     """
-    import torch
     from peft import PeftModel
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = find_language_model(reference)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     for n, adapter in enumerate(adapters):
         with safe_open(adapter / WEIGHTS, "pt") as file:
             below = (file.metadata() or {}).get("on_top_of")
@@ -52,7 +52,8 @@ def load_language_model(
                 f"{adapter}: was trained on top of something else than {told}; train it anew (`make agents`)."
             )
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return model, AutoTokenizer.from_pretrained(folder)
+    own = [adapter for adapter in adapters if (adapter / "tokenizer_config.json").is_file()]
+    return model, AutoTokenizer.from_pretrained(own[-1] if own else folder)
 
 
 def load_adapted(folder: Path, option: str = "--model") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

@@ -16,11 +16,10 @@ from trl import SFTConfig, SFTTrainer
 from agent_generation.llm import Request
 from agent_generation.tool import Toolbox
 from dataset_builders.schema import Session
-from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.encoder import TextEncoder
-from dataset_builders.stickers.openmoji import cached_pack
 from pegs.adapters import EMBEDDED, load_language_model, save_adapter
 from pegs.agent_tools import load_toolbox
+from pegs.assemble import load_pack, load_sessions
 from pegs.evaluation.baselines import baseline_chat
 from pegs.training.agent_examples import Replay
 from pegs.training.language import LogLine, checkpoint_of
@@ -48,7 +47,11 @@ class SftArguments:
     Args:
         data (`str`): `"text"` or `"tool"` (see [`baseline_chat`]), or `"agents"`.
         output_dir (`str`): Where the adapter goes.
+        sessions (`str`): The sessions, see [`load_sessions`].
+        stickers (`str`): The pack that they use, by name, folder or Hub id.
         language_model (`dict`): What is trained; see [`find_language_model`].
+        chat_template (`str`): Jinja file of its chat template, which marks what the assistant says (`{% generation %}`); its own if empty. It is saved with the adapter.
+        dtype (`str`): Of the language model, `"float32"`, or `"bfloat16"` with the trainer's `bf16`; the adapter's weights are float32.
         init_from (`str`): PEGS checkpoint whose adapter is merged into the language model first; none if empty.
         lora (`dict`): Arguments of `peft.LoraConfig`.
         shares (`dict[str, float]`): Of `"agents"`: how many of a session's questions are learned, by the form of their answer.
@@ -59,7 +62,11 @@ class SftArguments:
 
     data: str
     output_dir: str
+    sessions: str = "mini"
+    stickers: str = "openmoji"
     language_model: dict = field(default_factory=lambda: dict(EMBEDDED))
+    chat_template: str = ""
+    dtype: str = "float32"
     init_from: str = ""
     lora: dict = field(default_factory=dict)
     shares: dict = field(default_factory=dict)
@@ -70,6 +77,10 @@ class SftArguments:
         """Check what the types do not say."""
         if self.data not in ("text", "tool", "agents"):
             raise ValueError(f"`data` must be text, tool or agents, got {self.data!r}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`dtype` must be float32 or bfloat16, got {self.dtype!r}.")
+        if self.dtype == "bfloat16" and not self.trainer.get("bf16"):
+            raise ValueError("`dtype: bfloat16` is for mixed precision: `trainer` needs `bf16: true`.")
         if not isinstance(self.trainer.get("max_length"), int):
             raise ValueError("`trainer` needs a `max_length` in tokens.")
         unknown = sorted(map(str, set(self.shares) - set(FORMS)))
@@ -120,11 +131,13 @@ def agent_chats(session: Session, toolbox: Toolbox, shares: dict[str, float], se
 
 def make_chats(args: SftArguments) -> list[list[dict]]:
     """Chats of the training sessions."""
-    sessions, pack = load_mini("train"), cached_pack()
+    sessions = load_sessions(args.sessions, "train")
     if args.data == "agents":
-        toolbox, _ = load_toolbox("openmoji", TextEncoder())
+        toolbox, _ = load_toolbox(args.stickers, TextEncoder())
         return [chat for session in sessions for chat in agent_chats(session, toolbox, args.shares, args.seed)]
-    return [baseline_chat(session, pack, with_tool=args.data == "tool") for session in sessions]
+    pack = load_pack(args.stickers)
+    with reading("sessions or stickers"):
+        return [baseline_chat(session, pack, with_tool=args.data == "tool") for session in sessions]
 
 
 def train_sft(args: SftArguments) -> None:
@@ -132,8 +145,11 @@ def train_sft(args: SftArguments) -> None:
     set_seed(args.seed)
     merged = [Path(args.init_from) / "adapter"] if args.init_from else []
     with reading("language_model or init_from"):
-        model, tokenizer = load_language_model(args.language_model, merged)
-        if args.language_model["hub_id"] == EMBEDDED["hub_id"]:
+        model, tokenizer = load_language_model(args.language_model, merged, args.dtype)
+    with reading(f"chat_template {args.chat_template}"):
+        if args.chat_template:
+            tokenizer.chat_template = Path(args.chat_template).read_text("utf-8")
+        elif args.language_model["hub_id"] == EMBEDDED["hub_id"]:
             tokenizer.chat_template = SMOLLM2_TEMPLATE
     chats = make_chats(args)
     lengths = [len(tokenizer.apply_chat_template(chat, return_dict=False)) for chat in chats]
@@ -169,3 +185,5 @@ def train_sft(args: SftArguments) -> None:
     assert isinstance(trainer.model, PeftModel)
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, Path(args.output_dir), args.language_model["hub_id"], merged)
+        if args.chat_template:
+            tokenizer.save_pretrained(args.output_dir)

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dataset_builders.stickerconv.sessions import load_mini
+from dataset_builders.stickers.openmoji import cached_pack
 from modeling_pegs.backbones import find_language_model
 from pegs.adapters import EMBEDDED, load_adapted, load_language_model
 from pegs.errors import InputError
+from pegs.evaluation.baselines import baseline_chat
 from pegs.training import sft
 from pegs.training.stages import ConfigError, build_arguments, load_config
 from tests.pegs.test_training import ROOT
@@ -51,7 +53,7 @@ def test_marks_change_nothing_that_is_read(tokenizer):
 
 @pytest.mark.parametrize("data", ["text", "tool", "agents"])
 def test_an_adapter_is_trained_saved_and_found_again(data, tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(sft, "load_mini", lambda split: load_mini(split)[:4])
+    monkeypatch.setattr(sft, "load_sessions", lambda name, split: load_mini(split)[:4])
     stage = "sft_agents" if data == "agents" else f"baseline_{data}"
     values = load_config(str(ROOT / f"configs/mini/{stage}.yaml"), ["--output_dir", str(tmp_path / "out")])
     values["init_from"] = ""
@@ -72,8 +74,28 @@ def test_an_adapter_is_trained_saved_and_found_again(data, tmp_path, tiny_model,
     assert changed and all("proj" in name for name in changed)
 
 
+def test_a_baseline_of_another_model_has_its_own_format_and_data(tmp_path, tiny_model):
+    session = load_mini("train")[0]
+    (tmp_path / "sessions.jsonl").write_text(session.model_dump_json())
+    changes = {"output_dir": tmp_path / "out", "sessions": tmp_path / "sessions.jsonl", "stickers": "openmoji"}
+    changes["chat_template"] = ROOT / "configs/vicuna-7b/baseline_template.jinja"
+    values = load_config(str(ROOT / "configs/vicuna-7b/baseline_tool.yaml"), [])
+    values |= {**{name: str(value) for name, value in changes.items()}, "language_model": dict(EMBEDDED)}
+    values["trainer"] |= {"max_steps": 1, "per_device_train_batch_size": 1}
+    del values["stage"]
+    sft.train_sft(build_arguments(sft.SftArguments, values))
+    _, tokenizer = load_adapted(tmp_path / "out")
+    chat = baseline_chat(session, cached_pack(), with_tool=True)
+    told = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    learned = [i for i, mask in zip(told["input_ids"], told["assistant_masks"], strict=True) if mask]
+    said = "".join(message["content"] + tokenizer.eos_token for message in chat if message["role"] == "assistant")
+    assert tokenizer.decode(learned).replace(" ", "") == said.replace(" ", "")
+    asked = tokenizer.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True)
+    assert asked == f"{tokenizer.bos_token}{chat[0]['content']} USER: {chat[1]['content']} ASSISTANT:"
+
+
 def test_another_run_starts_afresh_and_a_checkpoint_that_was_cut_is_no_hindrance(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(sft, "load_mini", lambda split: load_mini(split)[:4])
+    monkeypatch.setattr(sft, "load_sessions", lambda name, split: load_mini(split)[:4])
     trainer = {
         "max_length": 512,
         "max_steps": 2,
@@ -93,7 +115,7 @@ def test_another_run_starts_afresh_and_a_checkpoint_that_was_cut_is_no_hindrance
 
 
 def test_lora_that_matches_no_module_is_named(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(sft, "load_mini", lambda split: load_mini(split)[:4])
+    monkeypatch.setattr(sft, "load_sessions", lambda name, split: load_mini(split)[:4])
     trainer, lora = {"max_length": 512, "bf16": False}, {"target_modules": ["none_such"]}
     with pytest.raises(ConfigError, match=r"lora or trainer: .*none_such"):
         sft.train_sft(sft.SftArguments("text", str(tmp_path / "out"), lora=lora, trainer=trainer))

@@ -255,6 +255,10 @@ def test_vicunas_format_marks_what_the_assistant_says():
     template = (VICUNA / "chat_template.jinja").read_text().replace("{{ img_span }}", "".join(config.new_tokens[3:]))
     processor = tiny.make_tiny_processor(config)
     processor.chat_template = template
+    said = processor.apply_chat_template(tiny.dialogue(stickers=False), tokenize=False, add_generation_prompt=True)
+    assert said.endswith(
+        " sticker. USER: My dog died. ASSISTANT: Oh no. What was he called?<|im_end|>USER: Bruno ASSISTANT:"
+    )
     collator = DataCollatorForPegs(processor, config, None, 2048)
     messages = [*tiny.dialogue(), {"role": "assistant", "content": [{"type": "text", "text": "A good name."}]}]
     ids = torch.tensor(collator.encode(messages))
