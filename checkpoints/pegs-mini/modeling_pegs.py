@@ -303,10 +303,8 @@ class PegsModel(PegsPreTrainedModel, PegsGenerationMixin, GenerationMixin):
             **kwargs: As for `PreTrainedModel.save_pretrained`.
 
         """
-        given = type(self)
-        kind = next(
-            kind for kind in given.__mro__ if not kind.__module__.startswith("torch.")
-        )  # FSDP lays its own over
+        given = type(self)  # where FSDP shards, a class of torch's laid over the model's
+        kind = next(kind for kind in given.__mro__ if not kind.__module__.startswith("torch."))
         # `custom_object_save` adds the other auto classes, and knows of one only for a model
         self.config.auto_map = {"AutoModelForImageTextToText": f"{kind.__module__.split('.')[-1]}.PegsModel"}
         pushes = kwargs.pop("push_to_hub", False)  # the base class would upload in the middle, without the adapter
