@@ -23,8 +23,9 @@ from PIL import Image
 
 from dataset_builders.schema import Sticker
 from dataset_builders.stickerconv.sessions import load_mini
-from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.assemble import load_pipeline
 from pegs.evaluation.drawing import DrawingJudge
+from pegs.places import DEFAULT_MODEL
 from pegs.quiet import quiet_libraries
 from pegs.training.dialogues import turn_contexts
 from pegs.training.text_states import encode_captions

@@ -20,10 +20,11 @@ from PIL import Image
 from dataset_builders.schema import EMOTIONS, Sticker
 from dataset_builders.stickerconv.sessions import load_mini
 from dataset_builders.stickers.encoder import TextEncoder
-from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.assemble import load_pipeline
 from pegs.evaluation.drawing import DrawingJudge, choose_evenly, draw_all, measure_drawings, save_sheet, to_pixels
 from pegs.evaluation.predict import system_turns
 from pegs.evaluation.replies import write_replies
+from pegs.places import DEFAULT_MODEL
 from pegs.quiet import quiet_libraries
 from pegs.training.text_states import encode_captions
 from pipelines.pipeline_pegs import PegsPipeline

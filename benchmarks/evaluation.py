@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dataset_builders.stickerconv.sessions import load_mini
-from pegs.assemble import DEFAULT_MODEL, load_pack
 from pegs.evaluation.multimodal import Embedded, EmotionVote, MiniTower, evaluate_multimodal
 from pegs.evaluation.predict import Line, Prediction, Predictions, Said, read_predictions, sent_sticker
 from pegs.evaluation.text import evaluate_text
+from pegs.places import DEFAULT_MODEL, load_pack
 from pegs.quiet import quiet_libraries
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset_builders.stickerconv.sessions import load_mini
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
-from pegs.assemble import DEFAULT_MODEL, load_pack
+from pegs.places import DEFAULT_MODEL, load_pack
 from pegs.quiet import quiet_libraries
 from pegs.training.dialogues import turn_contexts
 

@@ -20,12 +20,13 @@ from dataset_builders.stickerconv.sessions import load_mini
 from hub_cards.cards import render_card
 from modeling_pegs import PegsConfig
 from modeling_pegs.backbones import find_language_model
-from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.assemble import load_pipeline
 from pegs.evaluation.drawing import DrawingJudge, draw_all, save_sheet
 from pegs.evaluation.multimodal import average_precision
 from pegs.evaluation.predict import SystemTurn, system_turns
 from pegs.evaluation.replies import WrittenReply, write_replies
 from pegs.evaluation.results import Columns, Metric, Statistic, divide, mean_of, measure
+from pegs.places import DEFAULT_MODEL
 from pegs.quiet import quiet_libraries
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.dialogues import session_messages

@@ -33,8 +33,9 @@ from modeling_pegs.generation_pegs import (
     identify_tokens,
 )
 from modeling_pegs.processing_pegs import load_sticker
-from pegs.assemble import DEFAULT_MODEL, load_pipeline
+from pegs.assemble import load_pipeline
 from pegs.evaluation.multimodal import ALPHAS, MiniTower, f_mmr, f_mmr_name, mmr
+from pegs.places import DEFAULT_MODEL
 from pegs.quiet import quiet_libraries
 from pegs.training.calibrate import CUT, logit_quantiles
 from pegs.training.dialogues import sent_stickers, turn_contexts

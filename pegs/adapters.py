@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modeling_pegs.backbones import find_language_model
 from pegs.errors import InputError
 
 
@@ -40,6 +39,8 @@ def load_language_model(
     from peft import PeftModel
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from modeling_pegs.backbones import find_language_model
 
     folder = find_language_model(reference)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

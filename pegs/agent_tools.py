@@ -54,10 +54,10 @@ from dataset_builders.stickers.encoder import Encoder, TextEncoder
 from dataset_builders.stickers.pack import PackError, StickerPack
 from dataset_builders.stickers.search import StickerSearch, digest_texts, open_search
 from pegs.adapters import EMBEDDED, load_language_model
-from pegs.assemble import CHECKPOINTS, DEFAULT_MODEL, find_pack, load_pack
 from pegs.encoder import load_encoder
 from pegs.endpoint import check_budget, parse_extra_body
 from pegs.errors import InputError
+from pegs.places import CHECKPOINTS, DEFAULT_MODEL, find_pack, load_pack
 from pegs.sticker_tools import journal_of
 
 

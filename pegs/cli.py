@@ -92,7 +92,8 @@ def respond(
 
     dialogue = read_messages(messages)
     started = time.perf_counter()
-    from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
+    from pegs.assemble import check_rate, load_pipeline
+    from pegs.places import DEFAULT_MODEL
     from pegs.serving.respond import write_reply
     from pipelines.pipeline_pegs import TooLongError
 
@@ -125,7 +126,8 @@ def chat(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
 ) -> None:
     """Chat in the browser, or in the terminal."""
-    from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
+    from pegs.assemble import check_rate, load_pipeline
+    from pegs.places import DEFAULT_MODEL
 
     pipeline = load_pipeline(model or DEFAULT_MODEL, stickers, variant if terminal else None, device, revision)
     check_rate(pipeline.model, sticker_rate)
@@ -151,7 +153,8 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve PEGS as an OpenAI-compatible API; with PEGS_API_KEY in the environment, requests must have it."""
-    from pegs.assemble import DEFAULT_MODEL, check_rate, load_pipeline
+    from pegs.assemble import check_rate, load_pipeline
+    from pegs.places import DEFAULT_MODEL
     from pegs.serving.server import make_app
     from pegs.web import address_of, listen, serve_app
 

@@ -57,7 +57,7 @@ def dataset_build(
 
     check_folder(out)
     if stickers != "openmoji" and not Path(stickers).exists():
-        from pegs.assemble import find_pack
+        from pegs.places import find_pack
 
         stickers = str(find_pack(stickers))
     with told("building") as on_row:
@@ -85,7 +85,8 @@ def dataset_stats(
     from hub_cards.dataset import STATISTICS_FILE, describe_dataset
 
     if not tokenizer:
-        from pegs.assemble import DEFAULT_MODEL
+        import modeling_pegs  # noqa: F401  tells transformers of the embedded model
+        from pegs.places import DEFAULT_MODEL
 
         tokenizer = str(DEFAULT_MODEL)
     try:

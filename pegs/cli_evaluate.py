@@ -122,7 +122,8 @@ def evaluate_predict(
     if variant in ("text", "tool") and replies is not None:
         raise InputError(f"--replies does not go with --variant {variant}.")
     repeated = read_predictions(replies) if replies is not None else None
-    from pegs.assemble import DEFAULT_MODEL, load_pack, load_pipeline, load_sessions, move, resolve_checkpoint
+    from pegs.assemble import load_pipeline, move, resolve_checkpoint
+    from pegs.places import DEFAULT_MODEL, load_pack, load_sessions
 
     chosen = load_sessions(sessions, split)[: limit or None]
     if not chosen:
@@ -221,8 +222,8 @@ def evaluate_mm(
     runs = read_all(predictions)
     files = result_files(out, "mm", {str(run.path): run.path.stem for run in runs})
     with told("scoring", len(runs)) as on_run:
-        from pegs.assemble import DEFAULT_MODEL, load_pack
         from pegs.evaluation.multimodal import Embedded, EmotionVote, evaluate_multimodal, open_tower
+        from pegs.places import DEFAULT_MODEL, load_pack
 
         pack, opened = load_pack(stickers), open_tower(tower, model or str(DEFAULT_MODEL))
         embedded, vote = Embedded(runs, pack, opened), EmotionVote(pack, opened)
@@ -261,11 +262,11 @@ def evaluate_llm(
 ) -> None:
     """Empathy, consistency and rank by a judge (section 5.3); run it again to go on, every answer is kept."""
     from agent_generation.engine import Prices
-    from pegs.assemble import load_pack
     from pegs.endpoint import Endpoint, parse_extra_body
     from pegs.evaluation import llm_judge
     from pegs.evaluation.predict import common_turns, read_all
     from pegs.evaluation.results import result_files, write_result
+    from pegs.places import load_pack
 
     runs = read_all(predictions)
     keys = llm_judge.sample_turns(common_turns(runs), turns, seed)
@@ -326,9 +327,9 @@ def human_serve(
     ] = "",
 ) -> None:
     """Serve the questionnaire and print each rater's secret link; models are anonymous and shuffled for each rater."""
-    from pegs.assemble import load_pack
     from pegs.evaluation.human import begin_study
     from pegs.evaluation.predict import read_all
+    from pegs.places import load_pack
 
     with told("preparing", 1):
         from pegs.evaluation.questionnaire import make_app
@@ -431,8 +432,8 @@ def evaluate_report(
     as_json: JsonOption = False,
 ) -> None:
     """Tables 1-5, 9 and 10 beside the paper's, with intervals and significance, as Markdown, LaTeX and HTML."""
-    from pegs.assemble import load_pack
     from pegs.evaluation.predict import read_all
+    from pegs.places import load_pack
 
     with told("reporting", 1):
         from pegs.evaluation.report import make_report, read_results, write_report

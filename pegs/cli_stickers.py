@@ -207,7 +207,7 @@ def stickers_annotate(
             endpoint = Endpoint(llm, model, concurrency, budget_usd, Prices(price_in, price_out), language, extra)
             result = annotate_pack(opened, endpoint, out, again)
         else:
-            from pegs.assemble import DEFAULT_MODEL, load_pack
+            from pegs.places import DEFAULT_MODEL, load_pack
 
             result = annotate_pack_locally(opened, load_pack("openmoji"), model or str(DEFAULT_MODEL), out, again)
     report(result, as_json, ("annotated",))
@@ -327,7 +327,7 @@ def stickers_show(
 ) -> None:
     """Write a contact sheet of a pack."""
     from dataset_builders.stickers.sheet import contact_sheet
-    from pegs.assemble import load_pack
+    from pegs.places import load_pack
 
     with pack_errors():
         pack = load_pack(stickers)

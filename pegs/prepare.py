@@ -9,7 +9,8 @@ def main() -> None:
     """Fill the cache; every part is skipped if it is there already."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries()
-    from pegs.assemble import DEFAULT_MODEL, load_pipeline
+    from pegs.assemble import load_pipeline
+    from pegs.places import DEFAULT_MODEL
 
     if (DEFAULT_MODEL / "config.json").is_file():
         load_pipeline()

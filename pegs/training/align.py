@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from dataset_builders.schema import EMOTIONS
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
-from pegs.assemble import embed_pack, load_pack
+from pegs.assemble import embed_pack
+from pegs.places import load_pack
 from pegs.training.build import load_checkpoint
 from pegs.training.cache import digest, kept, without_pictures
 from pegs.training.data_collator import DataCollatorForPegs

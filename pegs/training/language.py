@@ -21,7 +21,8 @@ from dataset_builders.stickerconv.sessions import load_openers
 from dataset_builders.stickers.pack import StickerPack
 from modeling_pegs import PegsModel, PegsProcessor
 from modeling_pegs.modeling_pegs import ADAPTER_FOLDER
-from pegs.assemble import embed_pack, load_pack, load_sessions
+from pegs.assemble import embed_pack
+from pegs.places import load_pack, load_sessions
 from pegs.training.build import build_model, build_processor, load_checkpoint
 from pegs.training.cache import without_pictures
 from pegs.training.contrastive import Contrast, contrast, contrastive_loss

@@ -19,8 +19,8 @@ from dataset_builders.schema import Session
 from dataset_builders.stickers.encoder import TextEncoder
 from pegs.adapters import EMBEDDED, load_language_model, save_adapter
 from pegs.agent_tools import load_toolbox
-from pegs.assemble import load_pack, load_sessions
 from pegs.evaluation.baselines import baseline_chat
+from pegs.places import load_pack, load_sessions
 from pegs.training.agent_examples import Replay
 from pegs.training.language import LogLine, checkpoint_of
 from pegs.training.loop import run_key

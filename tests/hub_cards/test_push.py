@@ -107,9 +107,7 @@ def test_a_push_that_changes_nothing_makes_no_commit_and_keeps_its_tag(hub, pack
 
 def test_a_pack_is_opened_by_its_hub_id(hub, pack, tmp_path):
     run(hub, tmp_path / "up", PUSH, pack, "tester/again")
-    code = (
-        "from pegs.assemble import load_pack; p = load_pack('tester/again'); print(len(p.stickers), p.num_databases)"
-    )
+    code = "from pegs.places import load_pack; p = load_pack('tester/again'); print(len(p.stickers), p.num_databases)"
     assert run(hub, tmp_path / "down", code).stdout.split() == ["556", "10"]
 
 

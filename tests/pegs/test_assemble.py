@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pegs.assemble import load_pack, load_pipeline, load_sessions
+from pegs.assemble import load_pipeline
 from pegs.errors import InputError
+from pegs.places import load_pack, load_sessions
 from tests.fixtures import tiny
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pegs.assemble import DEFAULT_MODEL
+from pegs.places import DEFAULT_MODEL
 from tests.fixtures import tiny
 
 

@@ -18,8 +18,8 @@ from agent_generation.run import digest_databases
 from agent_generation.session import Settings
 from dataset_builders.schema import Session
 from pegs.agent_tools import Job, make_profiles, make_sessions, make_writer, parse_rates
-from pegs.assemble import load_pack
 from pegs.errors import InputError
+from pegs.places import load_pack
 from tests.fixtures.agents import PROFILE, dry_answer
 from tests.fixtures.llm_server import Server
 

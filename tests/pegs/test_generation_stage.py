@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_pegs import PegsModel, PegsProcessor
-from pegs.assemble import DEFAULT_MODEL
+from pegs.places import DEFAULT_MODEL
 from pegs.training.generation import generation_hidden_states, own_replies
 from tests.fixtures import tiny
 
