@@ -17,12 +17,13 @@ from agent_generation.prompts import VERSION
 from agent_generation.session import Dialogue, SessionPlan, Settings
 from agent_generation.tool import Toolbox
 from dataset_builders.schema import Generator, Profile, Session, Usage
+from dataset_builders.stickerconv.sessions import RUN_FILE
 from dataset_builders.stickers.encoder import PACKAGED
 from dataset_builders.stickers.split import split_of_database
 
 
 VALIDATION = 0.08  # of the sessions whose database serves train and validation
-CONFIG, SESSIONS, FAILURES, SUMMARY = "run.json", "sessions.jsonl", "failures.jsonl", "summary.json"
+CONFIG, SESSIONS, FAILURES, SUMMARY = "run.json", RUN_FILE, "failures.jsonl", "summary.json"
 
 
 class RunError(ValueError):

@@ -121,13 +121,14 @@ def evaluate_predict(
         raise InputError(f"--variant {variant} needs --replies.")
     if variant in ("text", "tool") and replies is not None:
         raise InputError(f"--replies does not go with --variant {variant}.")
-    repeated = read_predictions(replies) if replies is not None else None
-    from pegs.assemble import load_pipeline, move, resolve_checkpoint
     from pegs.places import DEFAULT_MODEL, load_pack, load_sessions
 
     chosen = load_sessions(sessions, split)[: limit or None]
     if not chosen:
         raise InputError(f"--sessions {sessions}: no session is of the split {split!r}.")
+    repeated = read_predictions(replies) if replies is not None else None
+    from pegs.assemble import load_pipeline, move, resolve_checkpoint
+
     pack = load_pack(stickers)
     turns = list(system_turns(chosen, pack))
     made_by: dict[str, str] = {"variant": variant}

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from dataset_builders.schema import Session, Split
 from dataset_builders.stickerconv.built import load_built_pack, read_built_sessions
 from dataset_builders.stickerconv.register import INFO_FILE
-from dataset_builders.stickerconv.sessions import SessionError, load_mini, read_sessions
+from dataset_builders.stickerconv.sessions import RUN_FILE, SessionError, load_mini, read_sessions
 from dataset_builders.stickers.openmoji import cached_folder
 from dataset_builders.stickers.pack import PackError, StickerPack
 from pegs.errors import InputError
@@ -18,7 +18,6 @@ from pegs.errors import InputError
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 DEFAULT_MODEL = CHECKPOINTS / "pegs-mini"
-RUN_FILE = "sessions.jsonl"
 
 
 def find_pack(name: str) -> Path:
@@ -83,9 +82,8 @@ def load_sessions(name: str, split: Split) -> list[Session]:
     place = find_data(name, "--sessions")
     try:
         if (place / INFO_FILE).is_file():
-            sessions = read_built_sessions(place)
-        else:
-            sessions = read_sessions(place / RUN_FILE if place.is_dir() else place)
+            return read_built_sessions(place, split)
+        sessions = read_sessions(place / RUN_FILE if place.is_dir() else place)
     except OSError as error:
         raise InputError(f"--sessions {name}: {error.strerror}.") from None
     except SessionError as error:

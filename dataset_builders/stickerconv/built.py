@@ -6,37 +6,38 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from dataset_builders.schema import EMOTIONS, Session, Sticker
+from dataset_builders.schema import Session, Split, Sticker
 from dataset_builders.stickerconv.build import DatasetFolder
-from dataset_builders.stickerconv.features import STICKERS
+from dataset_builders.stickerconv.features import EMOTION_NAME, STICKERS
 from dataset_builders.stickerconv.inputs import ROLES
 from dataset_builders.stickerconv.sessions import SessionError, describe
-from dataset_builders.stickerconv.sources import SPLITS
 from dataset_builders.stickerconv.statistics import read_split
 from dataset_builders.stickers.pack import UNREADABLE, PackError, PackInfo, ParquetImages, StickerPack, first_line
 
 
-def read_built_sessions(folder: Path) -> list[Session]:
+def read_built_sessions(folder: Path, split: Split) -> list[Session]:
     """
-    The sessions of a built dataset, split by split. What a released set does not tell of them is `None`.
+    The sessions of a split of a built dataset. What a released set does not tell of them is `None`.
 
     Args:
         folder (`Path`): The dataset.
+        split (`str`): `train`, `validation` or `test`.
 
     Raises:
         SessionError: If `folder` is none, or a row of it is no session.
 
     """
     DatasetFolder.load(folder)
-    return [_session(row, folder) for split in SPLITS for row in read_split(folder, split)]
+    return [_session(row, folder) for row in read_split(folder, split)]
 
 
 def _session(row: dict, folder: Path) -> Session:
     profile = row["profile"]
-    told = profile["name"] is not None and profile["emotion"] is not None
-    row["profile"] = profile | {"emotion": EMOTIONS[profile["emotion"]]} if told else None
+    profile["emotion"] = EMOTION_NAME[profile["emotion"]]
+    if profile["name"] is None or profile["emotion"] is None:
+        row["profile"] = None
     for sticker in filter(None, (turn[role]["sticker"] for turn in row["turns"] for role in ROLES)):
-        sticker["emotion"] = None if sticker["emotion"] is None else EMOTIONS[sticker["emotion"]]
+        sticker["emotion"] = EMOTION_NAME[sticker["emotion"]]
     if row["usage"] is None:
         del row["usage"]
     try:
@@ -71,7 +72,7 @@ def load_built_pack(folder: Path) -> StickerPack:
                 for row in filter(lambda row: row["sha256"] is not None, rows):
                     databases[row["id"]] = row.pop("database") or number
                     row["image_path"] = row.pop("image")["path"]
-                    row["emotion"] = None if row["emotion"] is None else EMOTIONS[row["emotion"]]
+                    row["emotion"] = EMOTION_NAME[row["emotion"]]
                     given = {name: value for name, value in row.items() if value is not None}
                     stickers.append(Sticker.model_validate(given))
             except UNREADABLE as error:

@@ -18,6 +18,9 @@ SCALARS = {str: "string", int: "int64", float: "float64", bool: "bool"}
 EMOTION_INDEX: dict[str | None, int | None] = {None: None, **{name: index for index, name in enumerate(EMOTIONS)}}
 
 
+EMOTION_NAME = {index: name for name, index in EMOTION_INDEX.items()}
+
+
 def features_of(kind: Any) -> Any:
     """
     The feature that holds a type of the schema: records become structs, the seven emotions a `ClassLabel`, other words strings.

@@ -8,6 +8,8 @@ from datasets.data_files import DataFilesDict, sanitize_patterns
 from datasets.load import DatasetModule, LocalDatasetModuleFactory, PackagedDatasetModuleFactory
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+from dataset_builders.stickerconv.sessions import RUN_FILE
+
 
 NAME, BUILDER = "stickerconv", "dataset_builders.stickerconv.builder"
 INFO_FILE = "dataset.yaml"  # a folder with it is a built dataset
@@ -27,7 +29,7 @@ class StickerConvModuleFactory(PackagedDatasetModuleFactory):
             return super().get_module()
         if self.data_dir is None and self.data_files is None and Path(NAME, INFO_FILE).is_file():
             return LocalDatasetModuleFactory(NAME, download_mode=self.download_mode).get_module()
-        patterns = self.data_files or ("sessions.jsonl" if self.data_dir else None)
+        patterns = self.data_files or (RUN_FILE if self.data_dir else None)
         files = DataFilesDict()
         if patterns:
             base_path = Path(self.data_dir or "").expanduser().resolve().as_posix()

@@ -12,6 +12,7 @@ from dataset_builders.schema import Opener, Session, Split
 
 MINI = Path(str(resources.files("dataset_builders.stickerconv").joinpath("mini.jsonl")))
 OPENERS = MINI.with_name("openers.jsonl")
+RUN_FILE = "sessions.jsonl"  # of the folder of a run
 
 
 class SessionError(ValueError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
 from dataset_builders.schema import Split
-from dataset_builders.stickerconv.sessions import MINI, SessionError
+from dataset_builders.stickerconv.sessions import MINI, RUN_FILE, SessionError
 
 
 Format = Literal["sessions", "released", "mod"]
@@ -60,11 +60,11 @@ def _files_of(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise SessionError(f"{path}: no such folder or file.")
-    if (path / "sessions.jsonl").is_file():
-        return [path / "sessions.jsonl"]
+    if (path / RUN_FILE).is_file():
+        return [path / RUN_FILE]
     files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
     if not files:
-        raise SessionError(f"{path}: has neither a sessions.jsonl of a run nor released .json or .jsonl files.")
+        raise SessionError(f"{path}: has neither a {RUN_FILE} of a run nor released .json or .jsonl files.")
     return files
 
 

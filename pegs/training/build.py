@@ -14,6 +14,7 @@ from transformers.image_utils import (
 
 from modeling_pegs import PegsConfig, PegsModel, PegsProcessor
 from modeling_pegs.backbones import find_language_model, find_vision_model, load_vision
+from pegs.places import HUB_ID
 from pegs.training.stages import ConfigError, reading
 
 
@@ -29,7 +30,7 @@ def load_checkpoint(folder: str, key: str = "init_from") -> tuple[PegsModel, Peg
         ConfigError: If there is none, or a broken one.
 
     """
-    if folder.count("/") != 1 and not Path(folder).exists():  # what has one may be a Hub id
+    if not Path(folder).exists() and not HUB_ID.fullmatch(folder):
         raise ConfigError(f"{key} {folder}: no such folder; it is what the stage before leaves.")
     with reading(f"{key} {folder}"):
         return PegsModel.from_pretrained(folder), PegsProcessor.from_pretrained(folder)

@@ -38,7 +38,7 @@ from pegs.training.dialogues import (
 )
 from pegs.training.loop import run_key
 from pegs.training.pairs import stream_pairs
-from pegs.training.stages import ConfigError, reading
+from pegs.training.stages import ConfigError, check_dtype, reading
 from pegs.training.targets import CaptionStates, PairTargets, StickerTargets, VisionFeatures, compute_vision
 
 
@@ -121,10 +121,7 @@ class LanguageArguments:
             raise ValueError(f"`data` must be captions, requests, texts or sessions, got {self.data!r}.")
         if self.negatives not in ("pack", "batch"):
             raise ValueError(f"`negatives` must be pack or batch, got {self.negatives!r}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"`dtype` must be float32 or bfloat16, got {self.dtype!r}.")
-        if self.dtype == "bfloat16" and not self.trainer.get("bf16"):
-            raise ValueError("`dtype: bfloat16` is for mixed precision: `trainer` needs `bf16: true`.")
+        check_dtype(self.dtype, self.trainer)
         unknown = sorted(map(str, set(self.loss_weights) - {"lm", "retrieval", "generation"}))
         if unknown:
             raise ValueError(f"`loss_weights` are of lm, retrieval and generation, got {unknown[0]!r}.")

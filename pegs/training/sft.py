@@ -24,7 +24,7 @@ from pegs.places import load_pack, load_sessions
 from pegs.training.agent_examples import Replay
 from pegs.training.language import LogLine, checkpoint_of
 from pegs.training.loop import run_key
-from pegs.training.stages import ConfigError, reading
+from pegs.training.stages import ConfigError, check_dtype, reading
 
 
 logger = logging.getLogger(__name__)
@@ -77,10 +77,7 @@ class SftArguments:
         """Check what the types do not say."""
         if self.data not in ("text", "tool", "agents"):
             raise ValueError(f"`data` must be text, tool or agents, got {self.data!r}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"`dtype` must be float32 or bfloat16, got {self.dtype!r}.")
-        if self.dtype == "bfloat16" and not self.trainer.get("bf16"):
-            raise ValueError("`dtype: bfloat16` is for mixed precision: `trainer` needs `bf16: true`.")
+        check_dtype(self.dtype, self.trainer)
         if not isinstance(self.trainer.get("max_length"), int):
             raise ValueError("`trainer` needs a `max_length` in tokens.")
         unknown = sorted(map(str, set(self.shares) - set(FORMS)))

@@ -112,6 +112,20 @@ def reading(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {told}") from error
 
 
+def check_dtype(dtype: str, trainer: dict[str, Any]) -> None:
+    """
+    Check a frozen model's dtype against the arguments of the trainer.
+
+    Raises:
+        ValueError: If it is unknown, or half without mixed precision.
+
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype!r}.")
+    if dtype == "bfloat16" and not trainer.get("bf16"):
+        raise ValueError("`dtype: bfloat16` is for mixed precision: `trainer` needs `bf16: true`.")
+
+
 def build_arguments(kind: type, values: dict[str, Any]) -> Any:
     """
     Build a stage's dataclass from plain values.

@@ -34,7 +34,7 @@ class CaptionStates:
             self.tokenizer = AutoTokenizer.from_pretrained(text_encoder, subfolder="tokenizer")
             self.clip = CLIPTextModel.from_pretrained(text_encoder, subfolder="text_encoder").eval()
         else:
-            load_minilm()
+            load_minilm()  # once, and before a trainer could share out its weights
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> torch.Tensor:

@@ -16,8 +16,8 @@ from tests.dataset_builders.test_stickerconv import released_line
 
 def test_what_was_built_of_sessions_is_what_they_were(tmp_path):
     build_dataset(["mini"], tmp_path / "mini")
-    by_split = [session for split in ("train", "validation", "test") for session in load_mini(split)]
-    assert read_built_sessions(tmp_path / "mini") == by_split
+    for split in ("train", "validation", "test"):
+        assert read_built_sessions(tmp_path / "mini", split) == load_mini(split)
     pack, again = cached_pack(), load_built_pack(tmp_path / "mini")
     assert again.databases == pack.databases
     assert again.by_id == pack.by_id
@@ -45,7 +45,7 @@ def released(tmp_path):
 def test_the_released_set_with_its_pictures(released, tmp_path):
     data, ser30k = released
     build_dataset([data], tmp_path / "set", images=str(ser30k))
-    sessions = read_built_sessions(tmp_path / "set")
+    sessions = [s for split in ("train", "validation", "test") for s in read_built_sessions(tmp_path / "set", split)]
     assert [session.split for session in sessions] == ["train", "train", "test"]
     assert {(s.database, s.profile, s.ended_by) for s in sessions} == {(None, None, None)}
     pack = load_built_pack(tmp_path / "set")
@@ -75,4 +75,4 @@ def test_what_cannot_be_read_is_named(released, tmp_path):
     )
     build_dataset([tmp_path / "mod"], tmp_path / "memes")
     with pytest.raises(SessionError, match="turns.0.user.text"):
-        read_built_sessions(tmp_path / "memes")
+        read_built_sessions(tmp_path / "memes", "train")

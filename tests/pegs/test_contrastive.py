@@ -1,10 +1,6 @@
 """One big batch, one dialogue at a time, and two processes give the same gradients."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ from pegs.training.contrastive import contrast, contrastive_loss
 from pegs.training.data_collator import DataCollatorForPegs
 from pegs.training.language import PegsTrainer
 from tests.fixtures import tiny
+from tests.fixtures.processes import run_two
 
 
 ROOT = Path(__file__).parents[2]
@@ -129,23 +126,7 @@ torch.distributed.barrier()
 
 @pytest.mark.slow
 def test_two_processes_equal_one_big_batch(tmp_path, big):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=180)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    run_two(PROCESS, [str(tmp_path)], {"ACCELERATE_USE_CPU": "true"})
     grads = load_file(tmp_path / "grads.safetensors")
     assert grads.pop("loss").item() == pytest.approx(big[0], rel=1e-5)
     assert_same(big[1], grads)

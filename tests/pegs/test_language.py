@@ -1,10 +1,8 @@
 """Packing, kept vision features, and runs that are cut."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from pegs.training.language import PegsTrainer, last_whole_checkpoint
 from pegs.training.stages import main
 from pegs.training.targets import VisionFeatures
 from tests.fixtures import tiny
+from tests.fixtures.processes import run_two
 from tests.pegs.test_stage_configs import make_pack, make_session
 
 
@@ -159,30 +158,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def run_two(command: list[str], sharded: bool) -> None:
+def train_in_two(command: list[str], sharded: bool) -> None:
     """Run `train.py` in two processes, each with all weights, or sharing them as `configs/accelerate/fsdp2.yaml` has it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment = {}
     if sharded:
         settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
         renamed = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
-        environment |= {renamed.get(name, name.upper()): str(value).lower() if value in (True, False) else str(value) for name, value in settings.items()}  # fmt: skip
+        environment = {renamed.get(name, name.upper()): str(value).lower() if value in (True, False) else str(value) for name, value in settings.items()}  # fmt: skip
         environment["ACCELERATE_USE_FSDP"] = "true"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, *command],
-            cwd=ROOT,
-            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    run_two(TWO_PROCESSES, command, environment)
 
 
 @pytest.mark.slow
@@ -190,16 +174,16 @@ def test_shared_weights_become_those_of_whole_ones(tmp_path):
     trainer = {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "save_total_limit": 2, "eval_strategy": "no"}  # fmt: skip
     command = stage(tmp_path, 13, trainer=trainer)
     folder = tmp_path / "shared"
-    run_two([*command, str(folder)], sharded=True)
+    train_in_two([*command, str(folder)], sharded=True)
     first = load_file(folder / "model.safetensors")
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in (tmp_path / "start").glob("*.py")}
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == auto_map["AutoModelForImageTextToText"] == "modeling_pegs.PegsModel"
     shutil.rmtree(folder / "trainer" / "checkpoint-4")
     (folder / "model.safetensors").unlink()
-    run_two([*command, str(folder)], sharded=True)
+    train_in_two([*command, str(folder)], sharded=True)
     resumed = load_file(folder / "model.safetensors")
-    run_two([*command, str(tmp_path / "whole")], sharded=False)
+    train_in_two([*command, str(tmp_path / "whole")], sharded=False)
     whole, start = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "start"))
     assert sum(not torch.equal(value, start[name]) for name, value in whole.items()) > 20
     for name, value in whole.items():

@@ -294,6 +294,13 @@ def test_files_that_are_not_there_empty_or_of_one_model(tmp_path, turns):
         read_all([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
 
 
+def test_a_split_without_sessions_is_named(tmp_path):
+    (tmp_path / "sessions.jsonl").write_text(make.make_session().model_dump_json())
+    done = make.pegs("predict", "--sessions", tmp_path / "sessions.jsonl", "--split", "train", "--out", tmp_path / "out.jsonl")  # fmt: skip
+    assert done.returncode == 2 and "no session is of the split 'train'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.fixture
 def predictor(model, processor, decoder):
     vectors = torch.nn.functional.normalize(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
